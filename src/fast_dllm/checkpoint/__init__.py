@@ -1,0 +1,19 @@
+"""Checkpoints: loaded from wherever a model may be, given a mask token, saved."""
+
+from fast_dllm.checkpoint.checkpoint import AUTOREGRESSIVE, Checkpoint
+from fast_dllm.checkpoint.gguf import smollm2_gguf
+from fast_dllm.checkpoint.load import load_adapter_base, load_checkpoint
+from fast_dllm.checkpoint.mask_token import add_mask_token, find_mask_token
+from fast_dllm.checkpoint.save import save_adapter, save_checkpoint
+
+__all__ = [
+    "AUTOREGRESSIVE",
+    "Checkpoint",
+    "add_mask_token",
+    "find_mask_token",
+    "load_adapter_base",
+    "load_checkpoint",
+    "save_adapter",
+    "save_checkpoint",
+    "smollm2_gguf",
+]

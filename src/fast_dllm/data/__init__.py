@@ -1,0 +1,1 @@
+"""Training data: sources, chat templates, packing, and procedural tasks."""

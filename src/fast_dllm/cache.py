@@ -1,0 +1,89 @@
+"""The KV cache: one slab per layer, allocated once, written in place, never copied as a whole."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """K/V of one layer: heads, and width of a key and of a value."""
+
+    heads: int
+    key_width: int
+    value_width: int
+
+
+class KVCache:
+    """Per layer one K and one V tensor of shape [slots, kv_heads, max_length, head_dim].
+
+    A slot holds one sequence: final tokens, then one provisional block. A forward over positions [a, b) writes
+    there, and what it may look at is the mask's affair. So refining a sub-block overwrites its own part of the
+    block (the sub-block cache), and committing a block is a forward with its final tokens: nothing moves.
+    """
+
+    def __init__(
+        self, layers: list[LayerShape], slots: int, max_length: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        """Allocate the slab.
+
+        Args:
+            layers: shape of each layer's K/V.
+            slots: sequences held at once.
+            max_length: tokens per slot, rounded up to whole blocks by the caller.
+            dtype: of keys and values.
+            device: where they live.
+        """
+        self.slots = slots
+        self.max_length = max_length
+
+        def slab(heads: int, width: int) -> Tensor:
+            # Zeros, not empty: masked keys are multiplied by 0, and 0 * NaN is NaN.
+            return torch.zeros(slots, heads, max_length, width, dtype=dtype, device=device)
+
+        self.keys = [slab(layer.heads, layer.key_width) for layer in layers]
+        self.values = [slab(layer.heads, layer.value_width) for layer in layers]
+        self._free = list(range(slots - 1, -1, -1))
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that a new request may take."""
+        return len(self._free)
+
+    def allocate(self) -> int:
+        """Take a slot."""
+        return self._free.pop()
+
+    def free(self, slot: int) -> None:
+        """Give a slot back; what it held is unreachable from then on."""
+        self._free.append(slot)
+        # Lowest first: rows that lie side by side are read without a gather.
+        self._free.sort(reverse=True)
+
+    def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store K/V of a forward.
+
+        Args:
+            layer: index of the layer.
+            slots: int64 [R], slot of each row.
+            positions: int64 [R, Q], where the queries stand.
+            keys: [R, kv_heads, Q, head_dim].
+            values: like `keys`.
+        """
+        rows = slots[:, None]
+        self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
+        self.values[layer][rows, :, positions] = values.transpose(1, 2)
+
+    def read(self, layer: int, rows: slice | Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """K/V of some slots, up to `length`.
+
+        Args:
+            layer: index of the layer.
+            rows: a slice of slots (a view is returned) or int64 [R] (a gather).
+            length: tokens from the start of each slot.
+
+        Returns:
+            Two tensors [R, kv_heads, length, head_dim].
+        """
+        return self.keys[layer][rows, :, :length], self.values[layer][rows, :, :length]

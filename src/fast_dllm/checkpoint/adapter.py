@@ -1,0 +1,126 @@
+"""LoRA adapters over a base model: saved small, loaded merged."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+
+from fast_dllm.checkpoint.checkpoint import CONFIG_KEY, Checkpoint, read_config, vocabulary_rows
+from fast_dllm.checkpoint.directory import BLOCK_DIFFUSION_FILE
+from fast_dllm.checkpoint.files import check_safetensors, first_line, read_json
+from fast_dllm.checkpoint.huggingface import check_finite, load_tokenizer
+from fast_dllm.checkpoint.mask_token import initialise_mask_row
+from fast_dllm.errors import FastDLLMError
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def load_adapter(
+    directory: Path, load_base: Callable[[str | Path], Checkpoint], *, base: str | Path | None
+) -> Checkpoint:
+    """Load an adapter's base, give it the mask token, and merge the adapter into it.
+
+    Args:
+        directory: with adapter_config.json, and block_diffusion.json where it is one of ours.
+        load_base: loads a base by name, in its stored dtype.
+        base: where the base is; None takes what the adapter recorded.
+
+    Returns:
+        A checkpoint of a plain model in the base's dtype.
+
+    Raises:
+        FastDLLMError: when the adapter is broken or belongs to another base.
+
+    """
+    checkpoint = open_base(directory, load_base, base=base)
+    checkpoint.model = _merge(checkpoint.model, directory, directory / _WEIGHTS)
+    check_finite(directory, checkpoint.model)
+    checkpoint.origin = f"LoRA adapter {directory.name} over {checkpoint.origin}"
+    return checkpoint
+
+
+def open_base(directory: Path, load_base: Callable[[str | Path], Checkpoint], *, base: str | Path | None) -> Checkpoint:
+    """Load an adapter's base and make it what the adapter was trained on: same weights, mask token and config.
+
+    Args:
+        directory: as for `load_adapter`.
+        load_base: as for `load_adapter`.
+        base: as for `load_adapter`.
+
+    Returns:
+        The base; the adapter's own weights are not in it.
+
+    Raises:
+        FastDLLMError: when the adapter is broken or belongs to another base.
+
+    """
+    config_path, weights = directory / "adapter_config.json", directory / _WEIGHTS
+    peft_values = read_json(config_path)
+    ours = read_json(directory / BLOCK_DIFFUSION_FILE) if (directory / BLOCK_DIFFUSION_FILE).exists() else None
+    if peft_values.get("peft_type") != "LORA":
+        kind = peft_values.get("peft_type")
+        raise FastDLLMError(f"{config_path}: peft_type={kind!r}: only LoRA adapters can be merged; retrain it as LORA")
+    if not weights.exists() and (directory / "adapter_model.bin").exists():
+        raise FastDLLMError(f"{directory}: pickled weights are not read, they can run code; save them as safetensors")
+    check_safetensors(weights)
+    recorded = base or (ours or {}).get("base") or peft_values.get("base_model_name_or_path")
+    if not recorded:
+        raise FastDLLMError(f"{config_path}: base_model_name_or_path is missing; name the base model with base")
+    checkpoint = _load_base(directory, load_base, recorded, named=base is not None)
+    if ours is not None:
+        _restore(checkpoint, ours, directory / BLOCK_DIFFUSION_FILE)
+    tokenizer = load_tokenizer(directory)
+    checkpoint.tokenizer = checkpoint.tokenizer if tokenizer is None else tokenizer
+    return checkpoint
+
+
+def _load_base(
+    directory: Path, load_base: Callable[[str | Path], Checkpoint], recorded: str | Path, *, named: bool
+) -> Checkpoint:
+    try:
+        return load_base(recorded)
+    except FastDLLMError as error:
+        if named:
+            raise
+        raise FastDLLMError(f"{directory}: its base does not load: {error}; say where the base is with base") from error
+
+
+def _restore(checkpoint: Checkpoint, ours: Mapping[str, Any], path: Path) -> None:
+    recorded = ours.get("base_fingerprint")
+    if recorded is not None and recorded != checkpoint.fingerprint:
+        raise FastDLLMError(
+            f"{path}: the adapter was trained on another base than {checkpoint.source} "
+            f"(fingerprint {recorded[:8]}, not {str(checkpoint.fingerprint)[:8]}); name its own with base"
+        )
+    config = read_config(ours.get(CONFIG_KEY), path)
+    mask = config.mask_token_id
+    added = bool(ours.get("mask_token_added"))
+    if mask is not None:
+        if mask > vocabulary_rows(checkpoint.model) or (mask == vocabulary_rows(checkpoint.model) and not added):
+            rows = vocabulary_rows(checkpoint.model)
+            raise FastDLLMError(f"{path}: mask_token_id={mask} is outside the base's vocabulary of {rows}")
+        if added:
+            initialise_mask_row(checkpoint.model, mask)
+    checkpoint.config = config
+    checkpoint.stop_token_ids = tuple(ours.get("stop_token_ids", checkpoint.stop_token_ids))
+
+
+def _merge(model: Any, directory: Path, weights: Path) -> Any:
+    stored = model.dtype
+    try:
+        # In float32: a bfloat16 weight plus a small update would often be the same weight again.
+        wrapped = PeftModel.from_pretrained(model.float(), directory, config=PeftConfig.from_pretrained(directory))
+        with safe_open(weights, framework="pt") as file:
+            given = set(file.keys())
+        expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+        if given != expected:
+            name = sorted(given ^ expected)[0]
+            raise FastDLLMError(
+                f"{weights}: does not fit its adapter_config.json or base, first at {name}; copy it again"
+            )
+        merged = wrapped.merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise FastDLLMError(f"{directory}: peft cannot load the adapter ({first_line(error)})") from error
+    return merged.to(stored).eval()

@@ -1,0 +1,85 @@
+"""What the decode loop tells the world, and the statistics that follow from it."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class ForwardKind(StrEnum):
+    """What a forward was for."""
+
+    PREFILL = "prefill"
+    BLOCK = "block"
+    SUB_BLOCK = "sub_block"
+    COMMIT = "commit"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One forward of one request.
+
+    Attributes:
+        request: the request's id.
+        kind: what the forward was for.
+        query_tokens: positions it ran over.
+        step: number of the forward within the request, from 0.
+        positions: absolute positions revealed by it; prompts count from 0.
+        tokens: the ids revealed.
+        confidences: the model's confidence in each.
+        settled: absolute position up to which every token is now final; what lies before it may be shown as text.
+        finish: why the request ended, with its last event.
+    """
+
+    request: int
+    kind: ForwardKind
+    query_tokens: int
+    step: int
+    positions: tuple[int, ...]
+    tokens: tuple[int, ...]
+    confidences: tuple[float, ...]
+    settled: int
+    finish: FinishReason | None = None
+
+
+@dataclass
+class Statistics:
+    """Counts of one request, or of several added up.
+
+    Attributes:
+        forwards_by_kind: forwards that the request took part in.
+        query_tokens_by_kind: positions that they ran over.
+        revealed_tokens: tokens revealed, those behind the stop token included.
+        new_tokens: tokens of the answer: no masks, no padding, nothing behind the stop token (which counts).
+    """
+
+    forwards_by_kind: Counter[str] = field(default_factory=Counter)
+    query_tokens_by_kind: Counter[str] = field(default_factory=Counter)
+    revealed_tokens: int = 0
+    new_tokens: int = 0
+
+    @property
+    def forwards(self) -> int:
+        """All forwards, prefill and commits included."""
+        return self.forwards_by_kind.total()
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens for each forward of any kind; autoregressive decoding has exactly 1."""
+        return self.new_tokens / self.forwards if self.forwards else 0.0
+
+    def count(self, event: Event) -> None:
+        """Add one forward."""
+        self.forwards_by_kind[event.kind.value] += 1
+        self.query_tokens_by_kind[event.kind.value] += event.query_tokens
+        self.revealed_tokens += len(event.tokens)
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        return Statistics(
+            self.forwards_by_kind + other.forwards_by_kind,
+            self.query_tokens_by_kind + other.query_tokens_by_kind,
+            self.revealed_tokens + other.revealed_tokens,
+            self.new_tokens + other.new_tokens,
+        )

@@ -1,0 +1,222 @@
+"""One request as a state machine: what it needs next (`next_forward`), what it learned (`absorb`).
+
+It knows nothing of batches, tensors or text. Autoregressive decoding is a block of one; Algorithm 1 of
+arXiv 2505.22618 is one block over the canvas, prompt inside, with its windows as sub-blocks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
+from fast_dllm.decoding.events import Event, FinishReason, ForwardKind, Statistics
+from fast_dllm.errors import FastDLLMError
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A forward that a request needs.
+
+    Attributes:
+        kind: what it is for.
+        start: first position it runs over.
+        end: end of the positions it runs over.
+        visible_end: end of the keys it may look at.
+        noisy_from: start of the noisy block; `visible_end` in a clean forward.
+        candidates: positions whose token it predicts.
+    """
+
+    kind: ForwardKind
+    start: int
+    end: int
+    visible_end: int
+    noisy_from: int
+    candidates: tuple[int, ...]
+
+
+class DecodeState:
+    """The progress of one request.
+
+    Attributes:
+        ids: prompt, final tokens, and None where a token of the current block is still masked.
+        prompt_length: tokens of the prompt.
+        block_size: D of this request (the canvas, for a full-attention model).
+        committed: tokens whose final K/V are in the cache.
+        settled: position up to which no token is masked.
+        finish: why it ended, or None.
+        reveal_step: per new token, the forward that revealed it.
+        confidences: per new token.
+        statistics: forwards and tokens so far.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        model: BlockDiffusionConfig,
+        decoding: DecodingConfig,
+        stop_token_ids: Sequence[int],
+    ) -> None:
+        """Start a request.
+
+        Args:
+            prompt: token ids.
+            model: what the checkpoint is.
+            decoding: what the request asks.
+            stop_token_ids: used unless `decoding` names its own.
+
+        Raises:
+            FastDLLMError: for an empty prompt under token shift, or sizes that do not fit.
+        """
+        if not prompt and model.token_shift:
+            raise FastDLLMError("empty prompt: the first token is predicted from the one before it; give at least one")
+        self.ids: list[int | None] = list(prompt)
+        self.prompt_length = len(prompt)
+        self.limit = self.prompt_length + decoding.max_new_tokens
+        self.block_size, self._sub_size = decoding.layout(model, self.limit)
+        self._decoding = decoding
+        self._shift = 1 if model.token_shift else 0
+        own_stops = decoding.stop_token_ids
+        self._stops = frozenset(stop_token_ids if own_stops is None else own_stops)
+        whole_canvas = model.context_attention == "full"
+        # Windows of Algorithm 1 tile the answer; sub-blocks tile the block.
+        self._sub_origin = self.prompt_length if whole_canvas else 0
+        self._prefill_end = 0 if whole_canvas else self.prompt_length // self.block_size * self.block_size
+        self.committed = 0
+        self._sub_start = 0
+        self._refreshed_at: int | None = None
+        self.settled = self.prompt_length
+        self.finish: FinishReason | None = None
+        self.reveal_step: list[int] = []
+        self.confidences: list[float] = []
+        self.statistics = Statistics()
+        if self._prefill_end == 0:
+            self._open_block()
+
+    @property
+    def block_end(self) -> int:
+        """End of the current block."""
+        return self.committed + self.block_size
+
+    @property
+    def capacity(self) -> int:
+        """Positions that the request may ever write to: its limit, rounded up to whole blocks."""
+        return -(-self.limit // self.block_size) * self.block_size
+
+    def answer(self) -> list[int]:
+        """The new tokens, up to the first mask."""
+        return [token for token in self.ids[self.prompt_length : self.settled] if token is not None]
+
+    def _open_block(self) -> None:
+        """Mask the rest of the current block, and find its first sub-block with a mask."""
+        missing = self.block_end - len(self.ids)
+        self.ids += [None] * missing
+        fresh = min(self.block_end, self.limit) - (self.prompt_length + len(self.reveal_step))
+        self.reveal_step += [-1] * fresh
+        self.confidences += [0.0] * fresh
+        self._refreshed_at = None
+        self._sub_start = self.committed + self._sub_origin
+        self._skip_finished_sub_blocks()
+
+    def _sub_end(self) -> int:
+        return min(self._sub_start + self._sub_size, self.block_end)
+
+    def _masked(self) -> tuple[int, ...]:
+        """Masked positions of the current sub-block that the length limit lets in."""
+        window = range(self._sub_start, min(self._sub_end(), self.limit))
+        return tuple(i for i in window if self.ids[i] is None)
+
+    def _skip_finished_sub_blocks(self) -> None:
+        while self._sub_start < self.block_end and not self._masked():
+            self._sub_start += self._sub_size
+
+
+def next_forward(state: DecodeState) -> Forward | None:
+    """What the request needs now.
+
+    Returns:
+        The forward, or None when it has ended.
+    """
+    if state.finish is not None:
+        return None
+    if state.committed < state._prefill_end:
+        return _clean_forward(state, ForwardKind.PREFILL, state._prefill_end)
+    if state._sub_start >= state.block_end:
+        return _clean_forward(state, ForwardKind.COMMIT, state.block_end)
+    candidates = state._masked()
+    end = state.block_end
+    if _needs_refresh(state):
+        return Forward(ForwardKind.BLOCK, state.committed, end, end, state.committed, candidates)
+    start = state._sub_start
+    if state._decoding.cache_refresh != "published":
+        # The window takes in the position before it, where the shifted logit of its first token stands.
+        start = max(start - state._shift, state.committed)
+    stop = end if state._decoding.sub_block_cache == "prefix" else state._sub_end()
+    return Forward(ForwardKind.SUB_BLOCK, start, stop, end, state.committed, candidates)
+
+
+def _clean_forward(state: DecodeState, kind: ForwardKind, end: int) -> Forward:
+    # Under token shift the last position of a clean block predicts the first token of the next.
+    predicts_next = state._shift and end == state.settled
+    return Forward(kind, state.committed, end, end, end, (end,) if predicts_next else ())
+
+
+def _needs_refresh(state: DecodeState) -> bool:
+    if state._decoding.sub_block_cache == "none" or state._refreshed_at is None:
+        return True
+    rule = state._decoding.cache_refresh
+    if rule == "published":
+        return state.ids[state._sub_start] is None
+    return rule == "sub-block" and state._refreshed_at != state._sub_start
+
+
+def absorb(state: DecodeState, forward: Forward, request: int, revealed: Sequence[tuple[int, int, float]]) -> Event:
+    """Take in what a forward brought.
+
+    Args:
+        state: changed in place.
+        forward: as `next_forward` gave it.
+        request: id for the event.
+        revealed: (position, token, confidence) of the tokens to reveal.
+
+    Returns:
+        The event that tells of it.
+    """
+    step = state.statistics.forwards
+    if forward.kind in (ForwardKind.PREFILL, ForwardKind.COMMIT):
+        state.committed = forward.end
+        state._open_block()
+    elif forward.kind is ForwardKind.BLOCK:
+        state._refreshed_at = state._sub_start
+    for position, token, confidence in revealed:
+        state.ids[position] = token
+        state.reveal_step[position - state.prompt_length] = step
+        state.confidences[position - state.prompt_length] = confidence
+    state._skip_finished_sub_blocks()
+    _settle(state)
+    event = Event(
+        request=request,
+        kind=forward.kind,
+        query_tokens=forward.end - forward.start,
+        step=step,
+        positions=tuple(position for position, _, _ in revealed),
+        tokens=tuple(token for _, token, _ in revealed),
+        confidences=tuple(confidence for _, _, confidence in revealed),
+        settled=state.settled,
+        finish=state.finish,
+    )
+    state.statistics.count(event)
+    state.statistics.new_tokens = state.settled - state.prompt_length
+    return event
+
+
+def _settle(state: DecodeState) -> None:
+    """Move the border of what is final; end at a stop token with no mask before it, or at the limit."""
+    while state.settled < state.limit and state.settled < len(state.ids):
+        token = state.ids[state.settled]
+        if token is None:
+            return
+        state.settled += 1
+        if token in state._stops:
+            state.finish = "stop"
+            return
+    if state.settled == state.limit:
+        state.finish = "length"

@@ -1,0 +1,115 @@
+"""The decode loop. There is no other."""
+
+from collections.abc import Iterator, Sequence
+
+from fast_dllm.cache import KVCache
+from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
+from fast_dllm.decoding.events import Event
+from fast_dllm.decoding.state import DecodeState, absorb
+from fast_dllm.engine.executor import Executor
+from fast_dllm.engine.request import Request
+from fast_dllm.engine.scheduler import Scheduler, group
+from fast_dllm.errors import FastDLLMError
+from fast_dllm.model.backbone import Backbone
+
+
+class Engine:
+    """Decodes requests: a tick asks each what it needs, runs rows of one shape together, and lets each absorb.
+
+    Rows never wait for each other's blocks, and a row's tokens do not depend on its neighbours.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: BlockDiffusionConfig,
+        *,
+        slots: int,
+        max_length: int,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
+        """Allocate the cache.
+
+        Args:
+            backbone: the model.
+            config: what the checkpoint is.
+            slots: requests that run at once; further ones wait.
+            max_length: positions per slot (`DecodeState.capacity` of the longest request).
+            stop_token_ids: of the checkpoint.
+        """
+        self._config = config
+        self._backbone = backbone
+        self._cache: KVCache = backbone.new_cache(slots, max_length)
+        self._executor = Executor(backbone, config)
+        self._scheduler = Scheduler()
+        self._stop_token_ids = tuple(stop_token_ids)
+        self._submitted = 0
+
+    def submit(self, prompt: Sequence[int], decoding: DecodingConfig) -> Request:
+        """Queue a request.
+
+        Args:
+            prompt: token ids.
+            decoding: what is asked.
+
+        Returns:
+            The request; its `state` holds the answer when it has ended.
+
+        Raises:
+            FastDLLMError: when it cannot fit.
+        """
+        state = DecodeState(prompt, self._config, decoding, self._stop_token_ids)
+        longest = self._backbone.max_length
+        if longest is not None and state.limit > longest:
+            raise FastDLLMError(
+                f"prompt of {len(prompt)} tokens and max_new_tokens={decoding.max_new_tokens} exceed the model's "
+                f"{longest} positions; shorten the prompt or lower max_new_tokens"
+            )
+        if state.capacity > self._cache.max_length:
+            raise FastDLLMError(
+                f"the request needs {state.capacity} positions, a cache slot has {self._cache.max_length}; "
+                "give the engine a larger max_length"
+            )
+        request = Request(self._submitted, state, decoding)
+        self._submitted += 1
+        self._scheduler.waiting.append(request)
+        return request
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued or running."""
+        return not (self._scheduler.waiting or self._scheduler.running)
+
+    def step(self) -> list[Event]:
+        """One tick: every running request advances by one forward.
+
+        Returns:
+            One event per request that ran.
+        """
+        for request in self._scheduler.admit(self._cache.free_slots):
+            request.slot = self._cache.allocate()
+        events = []
+        for rows in group(self._scheduler.running):
+            for row, revealed in zip(rows, self._executor.run(rows, self._cache), strict=True):
+                event = absorb(row.request.state, row.forward, row.request.id, revealed)
+                events.append(event)
+                if event.finish is not None:
+                    self._retire(row.request)
+        return events
+
+    def run(self) -> Iterator[Event]:
+        """Tick until nothing is left, yielding events as they happen."""
+        while not self.idle:
+            yield from self.step()
+
+    def cancel(self, request: Request) -> None:
+        """End a request now; its slot is free at once. Nothing happens if it has ended."""
+        if request.state.finish is None:
+            request.state.finish = "cancelled"
+            self._retire(request)
+
+    def _retire(self, request: Request) -> None:
+        self._scheduler.retire(request)
+        if request.slot is not None:
+            self._cache.free(request.slot)
+            request.slot = None

@@ -1,0 +1,146 @@
+"""Who attends to whom: one predicate, and its dense, `flex_attention` and decoding forms.
+
+Shape legend: B rows, T tokens of a training sequence, Q queries, K keys.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fast_dllm.config import ContextAttention
+
+CLEAN = 0
+"""Stream number of final tokens; noisy views are 1, 2, ..."""
+
+NOWHERE = -1
+"""Document number of padding: padding sees only padding, so its softmax stays finite and nobody reads it."""
+
+
+class Tokens(NamedTuple):
+    """What the predicate knows of each token; the four tensors broadcast with each other.
+
+    Attributes:
+        stream: `CLEAN`, or the number of the noisy view.
+        block: number of the token's block in its row.
+        place: in the row's order, for token-causal attention.
+        document: which packed sample the token belongs to; `NOWHERE` for padding.
+    """
+
+    stream: Tensor
+    block: Tensor
+    place: Tensor
+    document: Tensor
+
+
+def visible(query: Tokens, key: Tokens, attention: ContextAttention) -> Tensor:
+    """Whether a query sees a key, elementwise (METHOD table of arXiv 2509.26328, figure 2).
+
+    | query | same noisy view | other view | clean                                 |
+    |-------|-----------------|------------|---------------------------------------|
+    | noisy | same block      | never      | strictly earlier blocks               |
+    | clean | never           | never      | by `attention`: block, causal or full |
+
+    Args:
+        query: tokens that look.
+        key: tokens that are looked at; broadcast against `query`.
+        attention: who sees whom among clean tokens.
+
+    Returns:
+        bool, of the broadcast shape.
+    """
+    to_clean = key.stream == CLEAN
+    earlier_block = key.block < query.block
+    same_block = key.block == query.block
+    if attention == "block":
+        clean_to_clean = to_clean & (earlier_block | same_block)
+    elif attention == "causal":
+        clean_to_clean = to_clean & (key.place <= query.place)
+    else:
+        clean_to_clean = to_clean
+    noisy_to_any = (to_clean & earlier_block) | ((key.stream == query.stream) & same_block)
+    seen = torch.where(query.stream == CLEAN, clean_to_clean, noisy_to_any)
+    return seen & (key.document == query.document)
+
+
+def _at(tokens: Tokens, *index: Tensor | slice | None) -> Tokens:
+    return Tokens(*(field[index] for field in tokens))
+
+
+def dense_mask(tokens: Tokens, attention: ContextAttention) -> Tensor:
+    """Mask of a training sequence over itself.
+
+    Args:
+        tokens: fields of shape [B, T].
+        attention: who sees whom among clean tokens.
+
+    Returns:
+        bool [B, 1, T, T], true where the query (third axis) sees the key (fourth).
+    """
+    every = slice(None)
+    return visible(_at(tokens, every, every, None), _at(tokens, every, None, every), attention)[:, None]
+
+
+def flex_mask(tokens: Tokens, attention: ContextAttention):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """The same mask for `torch.nn.attention.flex_attention` (GPU; its CPU kernel has no backward).
+
+    Args:
+        tokens: fields of shape [B, T].
+        attention: who sees whom among clean tokens.
+
+    Returns:
+        A `BlockMask` for B rows, broadcast over heads.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return visible(_at(tokens, b, q), _at(tokens, b, k), attention)
+
+    rows, length = tokens.stream.shape
+    return create_block_mask(mask_mod, rows, None, length, length, device=tokens.stream.device)
+
+
+def sequence_tokens(positions: Tensor, block_size: int) -> Tokens:
+    """Clean tokens of unpadded, unpacked sequences.
+
+    Args:
+        positions: int64 [B, T], places in the sequence.
+        block_size: D.
+    """
+    zero = torch.zeros_like(positions)
+    return Tokens(stream=zero + CLEAN, block=positions // block_size, place=positions, document=zero)
+
+
+def decode_mask(
+    positions: Tensor,
+    visible_end: Tensor,
+    noisy_from: Tensor,
+    block_size: Tensor,
+    keys: int,
+    attention: ContextAttention,
+) -> Tensor:
+    """Mask of a decoding forward over the cache, per row.
+
+    A row's cache holds final tokens before `noisy_from` and one noisy block from there on. Rows differ in all
+    of it, block size too, since a batch may mix requests.
+
+    Args:
+        positions: int64 [B, Q], where the queries stand.
+        visible_end: int64 [B], end of what the row has written; keys from there on are another request's.
+        noisy_from: int64 [B], where the noisy block starts; `visible_end` where there is none.
+        block_size: int64 [B], D.
+        keys: K, cached positions looked at.
+        attention: who sees whom among clean tokens.
+
+    Returns:
+        bool [B, 1, Q, K].
+    """
+    places = torch.arange(keys, device=positions.device)[None, None, :]
+    here = positions[:, :, None]
+    noisy_from, size = noisy_from[:, None, None], block_size[:, None, None]
+    written = (places < visible_end[:, None, None]).long() - 1
+
+    def tokens(place: Tensor, document: Tensor) -> Tokens:
+        return Tokens((place >= noisy_from).long(), place // size, place, document)
+
+    return visible(tokens(here, torch.zeros_like(here)), tokens(places, written), attention)[:, None]

@@ -1,0 +1,55 @@
+"""One pass through any decoder-only Hugging Face model: hidden states under our mask, logits where wanted."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def hidden_states(
+    model: "PreTrainedModel", input_ids: Tensor, position_ids: Tensor, mask: Tensor, cache: Any = None
+) -> Tensor:
+    """Run the decoder below the LM head.
+
+    Args:
+        model: a transformers `...ForCausalLM`.
+        input_ids: int64 [B, Q].
+        position_ids: int64 [B, Q].
+        mask: bool [B, 1, Q, K]; transformers takes a 4-D mask as it is, so no modeling code is forked.
+        cache: a transformers cache, or None.
+
+    Returns:
+        [B, Q, H], after the final norm.
+    """
+    outputs = model.get_decoder()(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    return outputs.last_hidden_state  # type: ignore[no-any-return]
+
+
+def head_logits(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
+    """LM head of the positions a caller wants, with the scaling some families put after it.
+
+    Args:
+        model: a transformers `...ForCausalLM`.
+        hidden: [..., H].
+
+    Returns:
+        [..., vocabulary].
+    """
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    config = model.config
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / scaling
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits

@@ -1,0 +1,96 @@
+"""What a training run asks for."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fast_dllm.config import ContextAttention, _FromMapping, _require, _require_choice, _require_int, _require_number
+
+Objective = Literal["diffusion", "ar"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptOptions(_FromMapping):
+    """Settings of `fast-dllm adapt`; saved with the checkpoint as its recipe.
+
+    Attributes:
+        objective: "diffusion" adapts to block diffusion; "ar" is the same-data autoregressive fine-tune.
+        steps: optimizer updates.
+        batch_size: samples (or packs) per forward and device.
+        accumulation: forwards per update.
+        learning_rate: peak, reached after `warmup_steps`, see `schedule`.
+        warmup_steps: linear warm-up.
+        schedule: after it, "linear" decay to zero or "constant".
+        weight_decay: of AdamW.
+        max_length: tokens; longer samples are truncated and counted.
+        block_size: D.
+        token_shift: the hidden state at i-1 predicts token i.
+        context_attention: who sees whom among clean tokens.
+        complementary: two views with complementary masks (off: one view).
+        pad_to_block: pad each sample with mask tokens to whole blocks (off: samples straddle blocks).
+        ar_weight: weight of the autoregressive loss on the clean stream; needs causal context attention.
+        pack: pack samples into rows of `max_length`, with per-document masks and restarted positions.
+        lora_rank: rank of the LoRA adapter on all linear layers; 0 trains all weights.
+        lora_alpha: scale of the adapter; None is twice the rank.
+        mask_token: a vocabulary entry to use as mask token; None finds or adds one.
+        dtype: "bfloat16" (autocast) or "float32".
+        gradient_checkpointing: recompute activations in the backward.
+        seed: of weights' initialisation, data order and noise.
+        save_every: steps between resumable saves.
+        max_minutes: stop after so much training (over all resumptions) even if steps are left; None does not.
+        eval_samples: held-out samples whose loss is measured before and after.
+    """
+
+    objective: Objective = "diffusion"
+    steps: int = 500
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 3e-4
+    warmup_steps: int = 20
+    schedule: Literal["linear", "constant"] = "linear"
+    weight_decay: float = 0.0
+    max_length: int = 1024
+    block_size: int = 32
+    token_shift: bool = True
+    context_attention: ContextAttention = "block"
+    complementary: bool = True
+    pad_to_block: bool = True
+    ar_weight: float = 0.0
+    pack: bool = False
+    lora_rank: int = 32
+    lora_alpha: int | None = None
+    mask_token: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    save_every: int = 50
+    max_minutes: float | None = None
+    eval_samples: int = 32
+
+    def __post_init__(self) -> None:
+        _require_choice("objective", self.objective, Objective)
+        for name in ("steps", "batch_size", "accumulation", "max_length", "block_size", "save_every"):
+            _require_int(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "lora_rank", "seed", "eval_samples"):
+            _require_int(name, getattr(self, name), 0)
+        _require_number("learning_rate", self.learning_rate, 0.0, 1.0)
+        _require_number("weight_decay", self.weight_decay, 0.0, 1.0)
+        _require_number("ar_weight", self.ar_weight, 0.0, 100.0)
+        _require_choice("context_attention", self.context_attention, ContextAttention)
+        _require_choice("dtype", self.dtype, Literal["bfloat16", "float32"])
+        _require_choice("schedule", self.schedule, Literal["linear", "constant"])
+        if self.max_minutes is not None:
+            _require_number("max_minutes", self.max_minutes, 0.0, 1e6)
+        if self.lora_alpha is not None:
+            _require_int("lora_alpha", self.lora_alpha, 1)
+        _require(
+            self.context_attention != "full",
+            "context_attention='full': training supports 'block' and 'causal'",
+        )
+        _require(
+            self.ar_weight == 0 or self.context_attention == "causal",
+            f"ar_weight={self.ar_weight:g} needs context_attention='causal'",
+        )
+        _require(
+            self.max_length % self.block_size == 0,
+            f"max_length={self.max_length} must be a multiple of block_size={self.block_size}",
+        )

@@ -1,0 +1,126 @@
+"""Data order and noise as pure functions of (seed, place in the run), so that a resumed run repeats neither."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fast_dllm.config import BlockDiffusionConfig
+from fast_dllm.data.packing import Packed, collate
+from fast_dllm.noise import draw_views
+from fast_dllm.objective import lay_out
+
+IGNORED = -100
+"""Label that transformers.Trainer does not count."""
+
+
+def noise_seed(seed: int, place: int) -> int:
+    """Seed of one sample's noise. It hangs on the sample's place in the run, not on how batches are cut."""
+    return (seed * 0x9E3779B97F4A7C15 + place * 0xBF58476D1CE4E5B9 + 1) % 2**63
+
+
+def run_order(lengths: Sequence[int], total: int, batch: int, seed: int) -> list[int]:
+    """Which row is trained at which place of the run.
+
+    Every epoch is a new shuffle; within a window of 32 batches rows of like length share a batch, since a batch
+    is padded to its longest row, and the batches are shuffled again.
+
+    Args:
+        lengths: tokens of each row.
+        total: places to fill, `steps` times the global batch.
+        batch: rows that share a forward.
+        seed: of the shuffles.
+
+    Returns:
+        `total` indices into `lengths`.
+    """
+    order: list[int] = []
+    epoch = 0
+    while len(order) < total:
+        rng = random.Random(f"{seed}-{epoch}")
+        indices = rng.sample(range(len(lengths)), len(lengths))
+        if len(indices) > batch:
+            # What does not fill a batch waits for the next epoch, or it would shift all batch borders after it.
+            indices = indices[: len(indices) // batch * batch]
+        for start in range(0, len(indices), 32 * batch):
+            window = sorted(indices[start : start + 32 * batch], key=lambda i: lengths[i])
+            batches = [window[i : i + batch] for i in range(0, len(window), batch)]
+            rng.shuffle(batches)
+            order += [i for rows in batches for i in rows]
+        epoch += 1
+    return order[:total]
+
+
+class RunDataset(Dataset[tuple[int, Packed]]):
+    """All rows of a run in the order they are trained; item i is (i, row)."""
+
+    def __init__(self, rows: Sequence[Packed], order: Sequence[int]) -> None:
+        self._rows = rows
+        self._order = order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, place: int) -> tuple[int, Packed]:
+        return place, self._rows[self._order[place]]
+
+
+@dataclass(frozen=True)
+class StreamCollator:
+    """Rows -> noisy views -> the laid-out streams of one forward.
+
+    Attributes:
+        config: of the model being trained.
+        complementary: two views or one.
+        with_ar: score the clean stream too.
+        with_diffusion: draw noisy views (off: pure AR training).
+        seed: of the noise.
+    """
+
+    config: BlockDiffusionConfig
+    complementary: bool
+    with_ar: bool
+    with_diffusion: bool
+    seed: int
+
+    def __call__(self, items: Sequence[tuple[int, Packed]]) -> dict[str, Any]:
+        """Lay a batch out.
+
+        Returns:
+            Arguments of the training forward, and `labels` [1, N + 1] from which Trainer counts the tokens that
+            the mean loss is taken over.
+        """
+        block = self.config.block_size
+        batch = collate([row for _, row in items], pad_id=self.config.mask_token_id or 0)
+        batch = _pad_to_multiple(batch, block, self.config.mask_token_id or 0)
+        loss_mask = batch["loss_mask"]
+        views = loss_mask.new_zeros(0, *loss_mask.shape)
+        if self.with_diffusion:
+            views = torch.stack([self._views(place, mask) for (place, _), mask in zip(items, loss_mask)], dim=1)
+        streams = lay_out(
+            batch["input_ids"],
+            loss_mask,
+            views,
+            self.config,
+            position_ids=batch["position_ids"],
+            document_ids=batch["document_ids"],
+            with_ar=self.with_ar,
+        )
+        counted = ~streams.is_ar if self.with_diffusion else streams.is_ar
+        labels = torch.full((1, int(counted.sum()) + 1), 0)
+        labels[0, 0] = IGNORED  # Trainer leaves the first label of a row out of its count
+        return {**streams._asdict(), "tokens": torch.stack(streams.tokens), "labels": labels}
+
+    def _views(self, place: int, loss_mask: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(noise_seed(self.seed, place))
+        return draw_views(loss_mask, self.config.block_size, generator, complementary=self.complementary)
+
+
+def _pad_to_multiple(batch: dict[str, Tensor], multiple: int, pad_id: int) -> dict[str, Tensor]:
+    missing = -batch["input_ids"].shape[1] % multiple
+    fill = {"input_ids": pad_id, "loss_mask": False, "position_ids": 0, "document_ids": -1}
+    return {key: torch.nn.functional.pad(x, (0, missing), value=fill[key]) for key, x in batch.items()}

@@ -1,0 +1,116 @@
+"""`BlockDiffusionTrainer`: transformers' Trainer with our loss; all else is Trainer's."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from fast_dllm.config import ContextAttention
+from fast_dllm.masks import Tokens, dense_mask
+from fast_dllm.model.forward import head_logits, hidden_states
+from fast_dllm.objective import token_losses
+from fast_dllm.training.callbacks import RunClock
+
+
+class _TrainingForward:
+    """The training forward, mixed into the model's class.
+
+    It is the model's `forward`, so DDP and FSDP see one call of the module they wrap, and the LM head runs while
+    its weights are gathered.
+    """
+
+    context_attention: ContextAttention
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        tokens: Tensor,
+        read: Tensor,
+        targets: Tensor,
+        is_ar: Tensor,
+        **_: Any,
+    ) -> Tensor:
+        """Loss of each scored token.
+
+        Args:
+            input_ids: int64 [B, T], `objective.Streams` and so on for the others.
+            position_ids: int64 [B, T].
+            tokens: int64 [4, B, T], the fields of `masks.Tokens`.
+            read: int64 [N, 2].
+            targets: int64 [N].
+            is_ar: bool [N]; unused here, weighed by the trainer.
+            **_: arguments that peft passes along, all None.
+
+        Returns:
+            float32 [N].
+        """
+        model = cast(PreTrainedModel, self)
+        mask = dense_mask(Tokens(*tokens), self.context_attention)
+        hidden = hidden_states(model, input_ids, position_ids, mask)
+        return token_losses(hidden[read[:, 0], read[:, 1]], targets, lambda h: head_logits(model, h))
+
+
+def with_training_forward(model: PreTrainedModel, context_attention: ContextAttention) -> PreTrainedModel:
+    """Give a loaded model the training forward; `without_training_forward` takes it back."""
+    base = type(model)
+    # The name stays the architecture's: save_pretrained writes it into config.json.
+    model.__class__ = type(base.__name__, (_TrainingForward, base), {"__module__": base.__module__})
+    cast(Any, model).context_attention = context_attention
+    return model
+
+
+def without_training_forward(model: PreTrainedModel) -> PreTrainedModel:
+    """Restore the architecture's own forward."""
+    model.__class__ = type(model).__mro__[2]
+    return model
+
+
+class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
+    """Block-diffusion (and autoregressive) loss for transformers' Trainer.
+
+    The loss is a mean over the response tokens of the global batch: accumulation and data parallelism do not
+    change it (arXiv 2509.26328, section 3).
+    """
+
+    def __init__(self, *args: Any, ar_weight: float = 0.0, views: int = 2, clock: RunClock, **kwargs: Any) -> None:
+        """Make the trainer.
+
+        Args:
+            *args: of transformers.Trainer.
+            ar_weight: weight of the AR loss beside the diffusion loss.
+            views: noisy views; 0 trains the AR loss alone.
+            clock: counts tokens and time for the logs.
+            **kwargs: of transformers.Trainer.
+        """
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # our loss is already a mean over the accumulated batch
+        self._clock = clock
+        # One view predicts half of the response tokens, on average; the AR loss then counts half as well, so that
+        # its weight means the same.
+        self._ar_weight = ar_weight * views / 2 if views else 1.0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Weighted sum of the token losses over the number of tokens in the global batch."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        losses = model(**inputs)
+        self._clock.response_tokens += labels.shape[1] - 1
+        weights = torch.where(inputs["is_ar"], self._ar_weight, 1.0)
+        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = (losses * weights).sum() / count
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
+        return (loss, {"losses": losses}) if return_outputs else loss
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Stamp the log line with time and tokens before it is kept: a resumed run reads its clock from there."""
+        self._clock.stamp(logs)
+        super().log(logs, start_time)
