@@ -71,8 +71,8 @@ class BlockDiffusionConfig(_FromMapping):
 
     Attributes:
         mask_token_id: id of the mask token. It is never generated. None only for an autoregressive model.
-        block_size: D, tokens per block (paper: 32); 1 is an autoregressive model. Ignored when `context_attention` is "full",
-            where one block spans the canvas.
+        block_size: D, tokens per block (paper: 32); 1 is an autoregressive model. Ignored when `context_attention`
+            is "full", where one block spans the canvas.
         token_shift: the hidden state at position i-1 predicts token i, as in the AR model it came from.
         context_attention: who sees whom among clean tokens. "block": block-causal (Fast-dLLM v2);
             "causal": token-causal, so the clean stream is the AR model; "full": everyone (Dream, LLaDA).

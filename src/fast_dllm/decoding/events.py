@@ -26,7 +26,8 @@ class Event:
         kind: what the forward was for.
         query_tokens: positions it ran over.
         step: number of the forward within the request, from 0.
-        positions: absolute positions revealed by it; prompts count from 0.
+        positions: absolute positions revealed by it; prompts count from 0. What lies behind a stop token or the
+            length limit is revealed with its sub-block, but is no part of the answer.
         tokens: the ids revealed.
         confidences: the model's confidence in each.
         settled: absolute position up to which every token is now final; what lies before it may be shown as text.

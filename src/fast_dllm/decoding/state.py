@@ -101,15 +101,19 @@ class DecodeState:
         """Positions that the request may ever write to: its limit, rounded up to whole blocks."""
         return -(-self.limit // self.block_size) * self.block_size
 
+    def settled_ids(self, start: int, end: int) -> list[int]:
+        """Final ids of positions [start, end), which must lie before `settled`."""
+        return [token for token in self.ids[start:end] if token is not None]
+
     def answer(self) -> list[int]:
-        """The new tokens, up to the first mask."""
-        return [token for token in self.ids[self.prompt_length : self.settled] if token is not None]
+        """The new tokens: no masks, nothing behind the stop token or the limit."""
+        return self.settled_ids(self.prompt_length, self.settled)
 
     def _open_block(self) -> None:
         """Mask the rest of the current block, and find its first sub-block with a mask."""
         missing = self.block_end - len(self.ids)
         self.ids += [None] * missing
-        fresh = min(self.block_end, self.limit) - (self.prompt_length + len(self.reveal_step))
+        fresh = self.block_end - (self.prompt_length + len(self.reveal_step))
         self.reveal_step += [-1] * fresh
         self.confidences += [0.0] * fresh
         self._refreshed_at = None
@@ -120,9 +124,11 @@ class DecodeState:
         return min(self._sub_start + self._sub_size, self.block_end)
 
     def _masked(self) -> tuple[int, ...]:
-        """Masked positions of the current sub-block that the length limit lets in."""
-        window = range(self._sub_start, min(self._sub_end(), self.limit))
-        return tuple(i for i in window if self.ids[i] is None)
+        """Masked positions of the current sub-block.
+
+        Those behind the length limit take part too: the limit only cuts an answer, it does not change it.
+        """
+        return tuple(i for i in range(self._sub_start, self._sub_end()) if self.ids[i] is None)
 
     def _skip_finished_sub_blocks(self) -> None:
         while self._sub_start < self.block_end and not self._masked():

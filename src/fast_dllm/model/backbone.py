@@ -39,9 +39,13 @@ class ForwardBatch:
 class Backbone(Protocol):
     """A causal language model run over our cache."""
 
-    device: torch.device
     max_length: int | None
     """Longest sequence the model can take, in tokens; None if it names none."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
 
     def new_cache(self, slots: int, max_length: int) -> KVCache:
         """Allocate a slab for this model."""

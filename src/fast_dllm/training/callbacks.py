@@ -52,9 +52,7 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End the run when its time is up; it is saved first."""
         if self._limit is not None and self.elapsed() >= self._limit:
             control.should_training_stop = control.should_save = True
@@ -82,9 +80,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
         self._progress.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance."""
         self._progress.update(self._task, completed=state.global_step)
 

@@ -1,0 +1,335 @@
+"""`BlockDiffusionLM`: load, decode, chat, stream, save. What the README shows."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
+
+from fast_dllm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
+from fast_dllm.decoding.events import Event, FinishReason, Statistics
+from fast_dllm.engine.engine import Engine
+from fast_dllm.engine.request import Request
+from fast_dllm.errors import FastDLLMError
+from fast_dllm.generation import GenerateResult, decoding_from_call, generate_batch, make_engine
+from fast_dllm.masks import dense_mask, sequence_tokens
+from fast_dllm.model.backbone import Backbone
+from fast_dllm.model.forward import head_logits, hidden_states
+from fast_dllm.model.hf import HFBackbone
+from fast_dllm.text import ChatText, StopStrings
+
+Mode = Literal["diffusion", "ar"]
+Messages = Sequence[Mapping[str, str]]
+Prompt = Sequence[int] | Messages
+
+
+@dataclass(frozen=True)
+class TextEvent:
+    """An `Event` of the decode loop, with the text that became final by it.
+
+    Attributes:
+        event: the forward and the tokens it revealed.
+        text: new text, ready to be shown; the texts put together are the answer.
+        finish: why the answer ended, with the last event: "stop", "length" or "cancelled".
+    """
+
+    event: Event
+    text: str
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer of `chat`.
+
+    Attributes:
+        text: the answer.
+        ids: its token ids.
+        finish: "stop" or "length".
+        statistics: forwards and tokens.
+        seconds: wall time of the decoding.
+        reveal_steps: per token, the number of the forward that revealed it.
+        confidences: per token, the model's confidence when it was revealed.
+    """
+
+    text: str
+    ids: list[int]
+    finish: FinishReason | None
+    statistics: Statistics
+    seconds: float
+    reveal_steps: list[int]
+    confidences: list[float]
+
+
+class TextStream:
+    """One answer as it is decoded: iterate over its `TextEvent`s.
+
+    Attributes:
+        state: the request's ids, reveal steps, confidences and statistics so far.
+    """
+
+    def __init__(self, engine: Engine, request: Request, text: ChatText | None) -> None:
+        """Made by `BlockDiffusionLM.stream`."""
+        self.state = request.state
+        self._engine = engine
+        self._request = request
+        self._detokenizer = None if text is None else text.detokenizer()
+        self._stops = StopStrings(request.decoding.stop_strings)
+        self._shown = self.state.prompt_length
+
+    def __iter__(self) -> Iterator[TextEvent]:
+        for event in self._engine.run():
+            text = self._text_of(event)
+            finish = event.finish
+            if self._stops.stopped:
+                finish = self.state.finish = "stop" if finish is None else finish
+                self._engine.cancel(self._request)
+            yield TextEvent(event, text, finish)
+
+    def _text_of(self, event: Event) -> str:
+        if self._detokenizer is None:
+            return ""
+        text = self._detokenizer.feed(self.state.settled_ids(self._shown, event.settled))
+        self._shown = event.settled
+        if event.finish is not None:
+            text += self._detokenizer.flush()
+        text = self._stops.feed(text)
+        return text if event.finish is None else text + self._stops.flush()
+
+
+class BlockDiffusionLM:
+    """A language model that decodes a block at a time, many tokens per forward.
+
+    Attributes:
+        config: block size, mask token and attention of the checkpoint.
+        checkpoint: model, tokenizer and where they came from.
+        backbone: the model as the decode loop runs it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, backbone: Backbone | None = None) -> None:
+        """Wrap a loaded checkpoint; `from_pretrained` is the usual way."""
+        self.checkpoint = checkpoint
+        self.config: BlockDiffusionConfig = checkpoint.config
+        self.tokenizer = checkpoint.tokenizer
+        self.backbone: Backbone = (
+            HFBackbone(checkpoint.model, self.config.context_attention, checkpoint.max_length)
+            if backbone is None
+            else backbone
+        )
+        self._text = None if self.tokenizer is None else ChatText(self.tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        backbone: Literal["auto", "hf"] = "auto",
+        device: str | torch.device | None = None,
+        mask_token_id: int | None = None,
+        block_size: int | None = None,
+        token_shift: bool | None = None,
+        context_attention: str | None = None,
+        base: str | Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> "BlockDiffusionLM":
+        """Load a model.
+
+        Args:
+            source: a Hugging Face directory or hub id, a GGUF file, an adapted checkpoint, a LoRA adapter, or
+                "smollm2" (the model in the box) or "smollm2-base".
+            dtype: "float32", "bfloat16", "float16"; None takes the stored one.
+            backbone: "hf" runs transformers' own modules; "auto" takes the fastest one that knows the model.
+            device: where to run; None takes an accelerator if there is one.
+            mask_token_id: for checkpoints that do not name their mask token.
+            block_size: overrides the checkpoint's.
+            token_shift: overrides the checkpoint's.
+            context_attention: overrides the checkpoint's.
+            base: where a LoRA adapter's base is, if not where it was.
+            trust_remote_code: run code from the checkpoint; off unless you trust it.
+
+        Raises:
+            FastDLLMError: when the checkpoint is missing, broken or unknown.
+        """
+        if backbone not in ("auto", "hf"):
+            raise FastDLLMError(f"backbone={backbone!r}: must be 'auto' or 'hf'")
+        checkpoint = load_checkpoint(
+            source,
+            dtype=dtype,
+            mask_token_id=mask_token_id,
+            block_size=block_size,
+            token_shift=token_shift,
+            context_attention=context_attention,
+            base=base,
+            trust_remote_code=trust_remote_code,
+        )
+        checkpoint.model.to(_default_device() if device is None else device)
+        return cls(checkpoint)
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> CausalLMOutput:
+        """Logits under the checkpoint's own attention (block-causal, say), without a cache.
+
+        Args:
+            input_ids: int64 [B, L], unpadded.
+            position_ids: int64 [B, L]; None counts from 0.
+
+        Returns:
+            An output whose `logits` are [B, L, V], not shifted.
+        """
+        model = self.checkpoint.model
+        input_ids = input_ids.to(model.device)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=model.device).expand_as(input_ids)
+        tokens = sequence_tokens(position_ids, self.config.block_size)
+        mask = dense_mask(tokens, self.config.context_attention)
+        return CausalLMOutput(logits=head_logits(model, hidden_states(model, input_ids, position_ids, mask)))
+
+    @overload
+    def generate(self, input_ids: Any, *, return_dict: Literal[True], **settings: Any) -> GenerateResult: ...
+
+    @overload
+    def generate(self, input_ids: Any, *, return_dict: Literal[False] = False, **settings: Any) -> Any: ...
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]],
+        *,
+        tokenizer: Any = None,
+        mask_id: int | None = None,
+        return_dict: bool = False,
+        max_batch: int = 32,
+        **settings: Any,
+    ) -> Any:
+        """Decode token ids; the call of the published model card works unchanged.
+
+        Args:
+            input_ids: [L] or [B, L] ids, or a list of unequal prompts.
+            tokenizer: accepted for the published call; ids go in and out.
+            mask_id: overrides the checkpoint's mask token.
+            return_dict: return a `GenerateResult` (rows, statistics, reveal steps, confidences).
+            max_batch: prompts decoded at once.
+            **settings: fields of `DecodingConfig` (max_new_tokens, small_block_size, threshold, block_size,
+                temperature, top_p, top_k, ...), or the published `use_block_cache` and `stop_token`.
+
+        Returns:
+            Ids, prompt included: a tensor [B, longest] for a tensor (rows padded on the right with a stop token),
+            lists for lists; or a `GenerateResult`.
+
+        Raises:
+            FastDLLMError: for invalid settings or prompts.
+        """
+        decoding = decoding_from_call(**settings)
+        if decoding.stop_strings:
+            raise FastDLLMError("stop_strings need text: use chat or stream, or pass stop_token ids to generate")
+        config = self.config if mask_id is None else replace(self.config, mask_token_id=mask_id)
+        prompts = _prompt_rows(input_ids)
+        self._check_ids(prompts)
+        stops = self.checkpoint.stop_token_ids
+        result = generate_batch(self.backbone, config, prompts, decoding, stops, max_batch=max_batch)
+        if return_dict:
+            return result
+        if isinstance(input_ids, Tensor):
+            return _as_tensor(result.sequences, input_ids, pad=stops[0] if stops else 0)
+        return result.sequences if input_ids and not isinstance(input_ids[0], int) else result.sequences[0]
+
+    def stream(self, prompt: Prompt, decoding: DecodingConfig | None = None) -> TextStream:
+        """Decode one prompt; iterating yields every forward with the text that became final by it.
+
+        Args:
+            prompt: messages (the tokenizer's chat template is applied), or token ids.
+            decoding: settings; None takes the defaults.
+
+        Raises:
+            FastDLLMError: for invalid prompts or settings, or text without a tokenizer.
+        """
+        decoding = DecodingConfig() if decoding is None else decoding
+        ids = self._prompt_ids(prompt)
+        if decoding.stop_strings and self._text is None:
+            raise FastDLLMError("stop_strings need a tokenizer, and this checkpoint has none")
+        engine, (request,) = make_engine(self.backbone, self.config, [(ids, decoding)], self.checkpoint.stop_token_ids)
+        return TextStream(engine, request, self._text)
+
+    def chat(self, messages: Messages, max_new_tokens: int = 256, mode: Mode = "diffusion", **settings: Any) -> Reply:
+        """Answer a conversation.
+
+        Args:
+            messages: [{"role": ..., "content": ...}, ...].
+            max_new_tokens: limit of the answer.
+            mode: "diffusion" decodes in blocks as the checkpoint was trained; "ar" one token at a time with the
+                same weights and engine.
+            **settings: fields of `DecodingConfig`.
+
+        Raises:
+            FastDLLMError: for invalid messages or settings, or a checkpoint without a tokenizer.
+        """
+        if mode not in ("diffusion", "ar"):
+            raise FastDLLMError(f"mode={mode!r}: must be 'diffusion' or 'ar'")
+        if mode == "ar":
+            settings = {**settings, "block_size": 1, "small_block_size": 1}
+        decoding = decoding_from_call(max_new_tokens=max_new_tokens, **settings)
+        start = time.perf_counter()
+        stream = self.stream(messages, decoding)
+        text, finish = "", None
+        for event in stream:
+            text += event.text
+            finish = event.finish
+        ids = stream.state.answer()
+        return Reply(
+            text=text,
+            ids=ids,
+            finish=finish,
+            statistics=stream.state.statistics,
+            seconds=time.perf_counter() - start,
+            reveal_steps=stream.state.reveal_step[: len(ids)],
+            confidences=stream.state.confidences[: len(ids)],
+        )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the checkpoint: safetensors, config, tokenizer, model card.
+
+        Raises:
+            FastDLLMError: when the directory holds something else, or cannot be written.
+        """
+        save_checkpoint(self.checkpoint, directory)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if prompt and all(isinstance(token, int) for token in prompt):
+            ids = [token for token in prompt if isinstance(token, int)]
+            self._check_ids([ids])
+            return ids
+        if self._text is None:
+            raise FastDLLMError("this checkpoint has no tokenizer: pass token ids instead of messages")
+        return self._text.prompt_ids(prompt)
+
+    def _check_ids(self, prompts: Sequence[Sequence[int]]) -> None:
+        rows = self.checkpoint.model.get_input_embeddings().num_embeddings
+        for number, prompt in enumerate(prompts):
+            for token in prompt:
+                if not (isinstance(token, int) and 0 <= token < rows):
+                    raise FastDLLMError(
+                        f"prompt {number}: token id {token!r} is not in the vocabulary; ids run from 0 to {rows - 1}"
+                    )
+
+
+def _default_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
+def _prompt_rows(input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
+    rows = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
+    if rows and isinstance(rows[0], int):
+        rows = [rows]
+    return [row.tolist() if isinstance(row, Tensor) else list(row) for row in rows]
+
+
+def _as_tensor(rows: list[list[int]], like: Tensor, pad: int) -> Tensor:
+    longest = max(len(row) for row in rows)
+    padded = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=like.device)
+    return padded if like.dim() == 2 else padded[0]

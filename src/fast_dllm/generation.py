@@ -1,0 +1,136 @@
+"""Prompts in, answers out: a fixed batch through the engine, in token ids."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
+from fast_dllm.decoding.events import Event, FinishReason, Statistics
+from fast_dllm.decoding.state import DecodeState
+from fast_dllm.engine.engine import Engine
+from fast_dllm.engine.request import Request
+from fast_dllm.errors import FastDLLMError
+from fast_dllm.model.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """Answers of a batch, one entry per prompt.
+
+    Attributes:
+        sequences: prompt and new tokens; no padding, nothing behind the stop token.
+        prompt_lengths: tokens of each prompt.
+        statistics: forwards and tokens of each.
+        reveal_steps: per new token, the number of the forward that revealed it.
+        confidences: per new token, the model's confidence when it was revealed.
+        finish: "stop" or "length".
+    """
+
+    sequences: list[list[int]]
+    prompt_lengths: list[int]
+    statistics: list[Statistics]
+    reveal_steps: list[list[int]]
+    confidences: list[list[float]]
+    finish: list[FinishReason | None]
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """The new tokens of each sequence."""
+        return [ids[length:] for ids, length in zip(self.sequences, self.prompt_lengths, strict=True)]
+
+    @property
+    def total(self) -> Statistics:
+        """The statistics added up."""
+        return sum(self.statistics, start=Statistics())
+
+
+def decoding_from_call(
+    *, use_block_cache: bool | None = None, stop_token: int | Sequence[int] | None = None, **settings: Any
+) -> DecodingConfig:
+    """Make a `DecodingConfig` from the arguments of a `generate` call, published names included.
+
+    Args:
+        use_block_cache: published name; true is `sub_block_cache="dual"`.
+        stop_token: published name of `stop_token_ids`; one id or several.
+        **settings: fields of `DecodingConfig`.
+
+    Raises:
+        FastDLLMError: for an unknown or invalid setting.
+    """
+    if use_block_cache is not None:
+        settings.setdefault("sub_block_cache", "dual" if use_block_cache else "none")
+    if stop_token is not None:
+        settings["stop_token_ids"] = (stop_token,) if isinstance(stop_token, int) else tuple(stop_token)
+    return DecodingConfig.from_dict(settings, source="generate")
+
+
+def make_engine(
+    backbone: Backbone,
+    config: BlockDiffusionConfig,
+    requests: Sequence[tuple[Sequence[int], DecodingConfig]],
+    stop_token_ids: Sequence[int],
+    *,
+    max_batch: int = 32,
+) -> tuple[Engine, list[Request]]:
+    """An engine with a cache just large enough for some requests, and the requests, queued.
+
+    Args:
+        backbone: the model.
+        config: what the checkpoint is.
+        requests: prompts with their settings.
+        stop_token_ids: of the checkpoint.
+        max_batch: requests that run at once.
+
+    Raises:
+        FastDLLMError: for a request that cannot run.
+    """
+    capacity = max(DecodeState(prompt, config, decoding, ()).capacity for prompt, decoding in requests)
+    slots = min(len(requests), max_batch)
+    engine = Engine(backbone, config, slots=slots, max_length=capacity, stop_token_ids=stop_token_ids)
+    return engine, [engine.submit(prompt, decoding) for prompt, decoding in requests]
+
+
+def generate_batch(
+    backbone: Backbone,
+    config: BlockDiffusionConfig,
+    prompts: Sequence[Sequence[int]],
+    decoding: DecodingConfig | Sequence[DecodingConfig],
+    stop_token_ids: Sequence[int] = (),
+    *,
+    max_batch: int = 32,
+    on_event: Callable[[Event], None] | None = None,
+) -> GenerateResult:
+    """Decode a batch of prompts of any lengths.
+
+    Args:
+        backbone: the model.
+        config: what the checkpoint is.
+        prompts: token ids.
+        decoding: settings of all prompts, or of each. With one setting and a temperature, prompt i draws from
+            seed + i.
+        stop_token_ids: of the checkpoint.
+        max_batch: prompts that run at once.
+        on_event: called with every event.
+
+    Raises:
+        FastDLLMError: for no prompts, an empty one, or settings that do not fit the model.
+    """
+    if not prompts:
+        raise FastDLLMError("no prompts given; pass at least one")
+    if isinstance(decoding, DecodingConfig):
+        decoding = [replace(decoding, seed=decoding.seed + i) for i in range(len(prompts))]
+    requests = list(zip(prompts, decoding, strict=True))
+    engine, submitted = make_engine(backbone, config, requests, stop_token_ids, max_batch=max_batch)
+    for event in engine.run():
+        if on_event is not None:
+            on_event(event)
+    states = [request.state for request in submitted]
+    answers = [state.answer() for state in states]
+    return GenerateResult(
+        sequences=[[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)],
+        prompt_lengths=[state.prompt_length for state in states],
+        statistics=[state.statistics for state in states],
+        reveal_steps=[state.reveal_step[: len(answer)] for state, answer in zip(states, answers, strict=True)],
+        confidences=[state.confidences[: len(answer)] for state, answer in zip(states, answers, strict=True)],
+        finish=[state.finish for state in states],
+    )
