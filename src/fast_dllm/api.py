@@ -322,7 +322,7 @@ def _default_device() -> torch.device:
     return torch.device("cpu") if accelerator is None else accelerator
 
 
-def _prompt_rows(input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
+def _prompt_rows(input_ids: Any) -> list[list[int]]:
     rows = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
     if rows and isinstance(rows[0], int):
         rows = [rows]

@@ -107,19 +107,17 @@ def _needed(reads: Tensor, document: Tensor, block_size: int, *, whole_blocks: b
     Returns:
         bool [V + 1, B, L].
     """
-    views, rows, length = reads.shape
-    noisy = (
-        reads[:-1].view(views - 1, rows, length // block_size, block_size).any(-1).repeat_interleave(block_size, dim=-1)
-    )
+    _, rows, length = reads.shape
+
+    def to_whole_blocks(wanted: Tensor) -> Tensor:
+        blocks = wanted.unflatten(-1, (length // block_size, block_size))
+        return blocks.any(-1).repeat_interleave(block_size, dim=-1)
+
+    noisy = to_whole_blocks(reads[:-1])
     # Noisy blocks see the clean blocks before them: of each document, the clean tokens before its last noisy block.
     place = torch.arange(length, device=reads.device)
-    block_start = place // block_size * block_size
-    last = torch.where(noisy.any(0), block_start - 1, -1)
-    read_clean = reads[-1]
-    if whole_blocks:
-        read_clean = (
-            read_clean.view(rows, length // block_size, block_size).any(-1).repeat_interleave(block_size, dim=-1)
-        )
+    last = torch.where(noisy.any(0), place // block_size * block_size - 1, -1)
+    read_clean = to_whole_blocks(reads[-1]) if whole_blocks else reads[-1]
     last = torch.maximum(last, torch.where(read_clean, place, -1))
     reach = torch.zeros(rows, int(document.max()) + 2, dtype=last.dtype, device=last.device)
     reach = reach.fill_(-1).scatter_reduce(1, document + 1, last, reduce="amax")
