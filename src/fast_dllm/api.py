@@ -1,8 +1,7 @@
 """`BlockDiffusionLM`: load, decode, chat, stream, save. What the README shows."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -12,94 +11,20 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from fast_dllm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
-from fast_dllm.decoding.events import Event, FinishReason, Statistics
-from fast_dllm.engine.engine import Engine
-from fast_dllm.engine.request import Request
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.generation import GenerateResult, decoding_from_call, generate_batch, make_engine
+from fast_dllm.generation import GenerateResult, decoding_from_call, for_each, generate_batch, make_engine
 from fast_dllm.masks import dense_mask, sequence_tokens
 from fast_dllm.model.backbone import Backbone
 from fast_dllm.model.forward import head_logits, hidden_states
 from fast_dllm.model.hf import HFBackbone
-from fast_dllm.text import ChatText, StopStrings
+from fast_dllm.streaming import Reply, TextEvent, TextStream
+from fast_dllm.text import ChatText
+
+__all__ = ["BlockDiffusionLM", "GenerateResult", "Messages", "Mode", "Prompt", "Reply", "TextEvent", "TextStream"]
 
 Mode = Literal["diffusion", "ar"]
 Messages = Sequence[Mapping[str, str]]
 Prompt = Sequence[int] | Messages
-
-
-@dataclass(frozen=True)
-class TextEvent:
-    """An `Event` of the decode loop, with the text that became final by it.
-
-    Attributes:
-        event: the forward and the tokens it revealed.
-        text: new text, ready to be shown; the texts put together are the answer.
-        finish: why the answer ended, with the last event: "stop", "length" or "cancelled".
-    """
-
-    event: Event
-    text: str
-    finish: FinishReason | None
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer of `chat`.
-
-    Attributes:
-        text: the answer.
-        ids: its token ids.
-        finish: "stop" or "length".
-        statistics: forwards and tokens.
-        seconds: wall time of the decoding.
-        reveal_steps: per token, the number of the forward that revealed it.
-        confidences: per token, the model's confidence when it was revealed.
-    """
-
-    text: str
-    ids: list[int]
-    finish: FinishReason | None
-    statistics: Statistics
-    seconds: float
-    reveal_steps: list[int]
-    confidences: list[float]
-
-
-class TextStream:
-    """One answer as it is decoded: iterate over its `TextEvent`s.
-
-    Attributes:
-        state: the request's ids, reveal steps, confidences and statistics so far.
-    """
-
-    def __init__(self, engine: Engine, request: Request, text: ChatText | None) -> None:
-        """Made by `BlockDiffusionLM.stream`."""
-        self.state = request.state
-        self._engine = engine
-        self._request = request
-        self._detokenizer = None if text is None else text.detokenizer()
-        self._stops = StopStrings(request.decoding.stop_strings)
-        self._shown = self.state.prompt_length
-
-    def __iter__(self) -> Iterator[TextEvent]:
-        for event in self._engine.run():
-            text = self._text_of(event)
-            finish = event.finish
-            if self._stops.stopped:
-                finish = self.state.finish = "stop" if finish is None else finish
-                self._engine.cancel(self._request)
-            yield TextEvent(event, text, finish)
-
-    def _text_of(self, event: Event) -> str:
-        if self._detokenizer is None:
-            return ""
-        text = self._detokenizer.feed(self.state.settled_ids(self._shown, event.settled))
-        self._shown = event.settled
-        if event.finish is not None:
-            text += self._detokenizer.flush()
-        text = self._stops.feed(text)
-        return text if event.finish is None else text + self._stops.flush()
 
 
 class BlockDiffusionLM:
@@ -248,12 +173,25 @@ class BlockDiffusionLM:
         Raises:
             FastDLLMError: for invalid prompts or settings, or text without a tokenizer.
         """
-        decoding = DecodingConfig() if decoding is None else decoding
-        ids = self._prompt_ids(prompt)
-        if decoding.stop_strings and self._text is None:
-            raise FastDLLMError("stop_strings need a tokenizer, and this checkpoint has none")
-        engine, (request,) = make_engine(self.backbone, self.config, [(ids, decoding)], self.checkpoint.stop_token_ids)
-        return TextStream(engine, request, self._text)
+        return self._open([prompt], DecodingConfig() if decoding is None else decoding, max_batch=1)
+
+    def answers(
+        self, prompts: Sequence[Prompt], decoding: DecodingConfig | None = None, *, max_batch: int = 32
+    ) -> Iterator[Reply]:
+        """Answer many prompts, several at once.
+
+        Args:
+            prompts: conversations or token ids.
+            decoding: settings of all; prompt i draws from seed + i.
+            max_batch: prompts decoded at once.
+
+        Returns:
+            The replies, in the order of the prompts, as they become ready.
+
+        Raises:
+            FastDLLMError: as for `stream`, naming the prompt by its number.
+        """
+        return self._open(prompts, DecodingConfig() if decoding is None else decoding, max_batch=max_batch).replies()
 
     def chat(self, messages: Messages, max_new_tokens: int = 256, mode: Mode = "diffusion", **settings: Any) -> Reply:
         """Answer a conversation.
@@ -273,22 +211,7 @@ class BlockDiffusionLM:
         if mode == "ar":
             settings = {**settings, "block_size": 1, "small_block_size": 1}
         decoding = decoding_from_call(max_new_tokens=max_new_tokens, **settings)
-        start = time.perf_counter()
-        stream = self.stream(messages, decoding)
-        text, finish = "", None
-        for event in stream:
-            text += event.text
-            finish = event.finish
-        ids = stream.state.answer()
-        return Reply(
-            text=text,
-            ids=ids,
-            finish=finish,
-            statistics=stream.state.statistics,
-            seconds=time.perf_counter() - start,
-            reveal_steps=stream.state.reveal_step[: len(ids)],
-            confidences=stream.state.confidences[: len(ids)],
-        )
+        return next(self.answers([messages], decoding))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the checkpoint: safetensors, config, tokenizer, model card.
@@ -297,6 +220,15 @@ class BlockDiffusionLM:
             FastDLLMError: when the directory holds something else, or cannot be written.
         """
         save_checkpoint(self.checkpoint, directory)
+
+    def _open(self, prompts: Sequence[Prompt], decoding: DecodingConfig, *, max_batch: int) -> TextStream:
+        if decoding.stop_strings and self._text is None:
+            raise FastDLLMError("stop_strings need a tokenizer, and this checkpoint has none")
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        requests = list(zip(ids, for_each(ids, decoding), strict=True))
+        stops = self.checkpoint.stop_token_ids
+        engine, submitted = make_engine(self.backbone, self.config, requests, stops, max_batch=max_batch)
+        return TextStream(engine, submitted, self._text)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if prompt and all(isinstance(token, int) for token in prompt):

@@ -64,6 +64,11 @@ def decoding_from_call(
     return DecodingConfig.from_dict(settings, source="generate")
 
 
+def for_each(prompts: Sequence[object], decoding: DecodingConfig) -> list[DecodingConfig]:
+    """One setting for many prompts: prompt i draws from seed + i, or equal prompts would get equal samples."""
+    return [replace(decoding, seed=decoding.seed + i) for i in range(len(prompts))]
+
+
 def make_engine(
     backbone: Backbone,
     config: BlockDiffusionConfig,
@@ -84,10 +89,18 @@ def make_engine(
     Raises:
         FastDLLMError: for a request that cannot run.
     """
+    if not requests:
+        raise FastDLLMError("no prompts given; pass at least one")
     capacity = max(DecodeState(prompt, config, decoding, ()).capacity for prompt, decoding in requests)
     slots = min(len(requests), max_batch)
     engine = Engine(backbone, config, slots=slots, max_length=capacity, stop_token_ids=stop_token_ids)
-    return engine, [engine.submit(prompt, decoding) for prompt, decoding in requests]
+    submitted = []
+    for number, (prompt, decoding) in enumerate(requests, start=1):
+        try:
+            submitted.append(engine.submit(prompt, decoding))
+        except FastDLLMError as error:
+            raise FastDLLMError(f"prompt {number}: {error}" if len(requests) > 1 else str(error)) from error
+    return engine, submitted
 
 
 def generate_batch(
@@ -106,8 +119,7 @@ def generate_batch(
         backbone: the model.
         config: what the checkpoint is.
         prompts: token ids.
-        decoding: settings of all prompts, or of each. With one setting and a temperature, prompt i draws from
-            seed + i.
+        decoding: settings of all prompts (see `for_each`), or of each.
         stop_token_ids: of the checkpoint.
         max_batch: prompts that run at once.
         on_event: called with every event.
@@ -115,11 +127,8 @@ def generate_batch(
     Raises:
         FastDLLMError: for no prompts, an empty one, or settings that do not fit the model.
     """
-    if not prompts:
-        raise FastDLLMError("no prompts given; pass at least one")
-    if isinstance(decoding, DecodingConfig):
-        decoding = [replace(decoding, seed=decoding.seed + i) for i in range(len(prompts))]
-    requests = list(zip(prompts, decoding, strict=True))
+    settings = for_each(prompts, decoding) if isinstance(decoding, DecodingConfig) else decoding
+    requests = list(zip(prompts, settings, strict=True))
     engine, submitted = make_engine(backbone, config, requests, stop_token_ids, max_batch=max_batch)
     for event in engine.run():
         if on_event is not None:

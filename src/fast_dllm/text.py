@@ -44,6 +44,8 @@ def _check_message(number: int, message: object) -> Message:
         raise FastDLLMError(f"message {number}: role {role!r} is unknown; use {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise FastDLLMError(f"message {number}: content is {type(content).__name__}, not a string")
+    if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
+        raise FastDLLMError(f"message {number}: content has half a surrogate pair, which is no character; remove it")
     return {"role": role, "content": content}
 
 

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from fast_dllm.checkpoint.checkpoint import CONFIG_KEY, Checkpoint, read_config, vocabulary_rows
 from fast_dllm.checkpoint.directory import BLOCK_DIFFUSION_FILE
+from fast_dllm.checkpoint.dtype import cast_weights
 from fast_dllm.checkpoint.files import check_safetensors, first_line, read_json
 from fast_dllm.checkpoint.huggingface import check_finite, load_tokenizer
 from fast_dllm.checkpoint.mask_token import initialise_mask_row
@@ -38,6 +39,7 @@ def load_adapter(
     checkpoint.model = _merge(checkpoint.model, directory, directory / _WEIGHTS)
     check_finite(directory, checkpoint.model)
     checkpoint.origin = f"LoRA adapter {directory.name} over {checkpoint.origin}"
+    checkpoint.base = checkpoint.source
     return checkpoint
 
 
@@ -123,4 +125,4 @@ def _merge(model: Any, directory: Path, weights: Path) -> Any:
         merged = wrapped.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise FastDLLMError(f"{directory}: peft cannot load the adapter ({first_line(error)})") from error
-    return merged.to(stored).eval()
+    return cast_weights(merged, stored).eval()

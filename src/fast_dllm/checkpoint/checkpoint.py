@@ -28,7 +28,9 @@ class Checkpoint:
         stop_token_ids: tokens that end an answer.
         origin: one line: what it is and where it came from.
         source: what an adapter trained on it records as its base: a hub id, a name, or an absolute path.
-        fingerprint: of the weights as loaded; tells an adapter whether this is its base.
+        fingerprint: of the weights as loaded, an adapter's base's where there is one; tells an adapter whether this
+            is its base.
+        base: an adapter's base, by the name it was loaded from; None for a whole model.
         mask_token_added: the mask token was added to this vocabulary after loading.
 
     """
@@ -40,6 +42,7 @@ class Checkpoint:
     origin: str
     source: str | None = None
     fingerprint: str | None = None
+    base: str | None = None
     mask_token_added: bool = False
 
     @property

@@ -41,6 +41,20 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_target(directory: str | Path) -> None:
+    """See that `whole_directory` could write there, before hours of work that end in it.
+
+    Raises:
+        FastDLLMError: as `whole_directory`.
+
+    """
+    target = Path(directory).expanduser().resolve()
+    _refuse_foreign(target)
+    parent = next(place for place in target.parents if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise FastDLLMError(f"{target}: cannot be written ({parent} is not a writable directory); choose another place")
+
+
 def _refuse_foreign(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise FastDLLMError(f"{target}: is a file; choose another name")

@@ -14,6 +14,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from fast_dllm.checkpoint.dtype import cast_weights
 from fast_dllm.checkpoint.files import first_line
 from fast_dllm.errors import FastDLLMError
 
@@ -131,4 +132,4 @@ def _unquantised(loaded: PreTrainedModel, dtype: torch.dtype | None) -> PreTrain
         setattr(fresh.get_submodule(owner), leaf, buffer)
     fresh.generation_config = loaded.generation_config
     fresh.eval()
-    return fresh.to(dtype or torch.float32)
+    return cast_weights(fresh, torch.float32 if dtype is None else dtype)

@@ -19,6 +19,7 @@ from fast_dllm.checkpoint.checkpoint import (
     read_config,
     vocabulary_rows,
 )
+from fast_dllm.checkpoint.dtype import cast_weights
 from fast_dllm.checkpoint.files import first_line, read_json
 from fast_dllm.checkpoint.fingerprint import fingerprint
 from fast_dllm.checkpoint.gguf import load_gguf, smollm2_gguf
@@ -80,7 +81,8 @@ def load_checkpoint(
     with quiet():
         if is_adapter:
             checkpoint = load_adapter(path, partial(load_checkpoint, trust_remote_code=trust_remote_code), base=base)
-            checkpoint.model.to(wanted_dtype or checkpoint.model.dtype)
+            if wanted_dtype is not None:
+                cast_weights(checkpoint.model, wanted_dtype)
         elif path.is_file():
             checkpoint = _from_gguf(path, wanted_dtype)
         else:

@@ -34,6 +34,8 @@ def save_checkpoint(checkpoint: Checkpoint, directory: str | Path, *, recipe: Ma
     with whole_directory(directory) as temporary, quiet():
         generation, model.generation_config = model.generation_config, _generation_config(checkpoint)
         setattr(model.config, CONFIG_KEY, checkpoint.config.to_dict())
+        # An exported directory names code of its own, which is not saved with the weights.
+        model.config.__dict__.pop("auto_map", None)
         try:
             model.save_pretrained(temporary)
         finally:

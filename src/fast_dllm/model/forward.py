@@ -24,6 +24,9 @@ def hidden_states(
     Returns:
         [B, Q, H], after the final norm.
     """
+    if model.config._attn_implementation == "eager":
+        # Eager attention adds the mask to the scores: a boolean one would be added as 0 and 1.
+        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
     outputs = model.get_decoder()(
         input_ids=input_ids,
         position_ids=position_ids,
