@@ -245,7 +245,9 @@ def _prompt(row: Mapping[str, Any]) -> Prompt:
     if "prompt" in row:
         if not isinstance(row["prompt"], str):
             raise FastDLLMError(f"prompt is {type(row['prompt']).__name__}, not a string")
-        return Prompt([{"role": "user", "content": row["prompt"]}], identity)
+        if not row["prompt"].strip():
+            raise FastDLLMError("prompt is empty; write what to ask or drop the row")
+        return Prompt(check_messages([{"role": "user", "content": row["prompt"]}]), identity)
     if "messages" not in row:
         raise FastDLLMError(f"no prompt (keys: {', '.join(row) or 'none'}); each line must be {_PROMPT_ROW}")
     messages = check_messages(row["messages"])

@@ -19,6 +19,9 @@ from fast_dllm.errors import FastDLLMError
 _SEED_STRIDE = 10_000_000
 _MAX_CONSECUTIVE_REJECTS = 20_000
 
+RESERVED_TEST_ITEMS = 200
+"""Test items of seed 0 that no training run on tasks gets to see; measure on these."""
+
 Entry = Mapping[str, Any]
 
 

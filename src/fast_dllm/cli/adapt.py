@@ -1,0 +1,114 @@
+"""`fast-dllm adapt`: an autoregressive model in, a block-diffusion model out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fast_dllm.cli.options import given, takes
+from fast_dllm.cli.output import Interrupted, waiting
+from fast_dllm.cli.recipe import Recipe, read_recipe, split_tasks
+from fast_dllm.errors import FastDLLMError
+from fast_dllm.training.options import AdaptOptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fast_dllm.data.build import TrainingData
+    from fast_dllm.training.adapt import AdaptResult
+
+
+@takes(AdaptOptions)
+def adapt(
+    *,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the adapted checkpoint goes.", show_default=False)
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="The model to adapt, as for generate.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="FILE", help="Conversations: JSONL, parquet, or a hub name (owner/name)."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="NAME[,NAME...]", help="Generated reasoning tasks instead of data.")
+    ] = None,
+    task_items: Annotated[
+        int | None, typer.Option("--task-items", min=1, help="Training items, over all tasks. [default: 8000]")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="JSON or TOML of any of these settings; options given here win."),
+    ] = None,
+    **settings: Any,
+) -> None:
+    """Adapt a pretrained autoregressive model to block diffusion.
+
+    An interrupted run goes on from its last save when the same command is run again.
+    """
+    written = {} if recipe is None else read_recipe(recipe)
+    if data is not None or task is not None:
+        written = {key: value for key, value in written.items() if key not in ("data", "tasks")}
+    tasks = None if task is None else split_tasks(task)
+    own = {"model": model, "data": data, "tasks": tasks, "task_items": task_items, **settings}
+    plan = Recipe.from_settings({**written, **given(own)})
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    try:
+        _run(plan, out, console)
+    except KeyboardInterrupt:
+        console.show_cursor()  # the progress bar hides it
+        raise Interrupted("stopped; the same command goes on from the last save") from None
+
+
+def _run(plan: Recipe, out: Path, console: "Console") -> None:
+    options = plan.options
+    with waiting("preparing the data"):
+        from fast_dllm.checkpoint.directory import check_target
+        from fast_dllm.data.build import gather_conversations, render_conversations
+        from fast_dllm.training.adapt import adapt as train
+
+        check_target(out)
+        conversations = gather_conversations(
+            plan.data, plan.tasks, task_items=plan.task_items, held_out=options.eval_samples
+        )
+        tokenizer = _tokenizer(plan.model, options.mask_token)
+        data = render_conversations(tokenizer, conversations, max_length=options.max_length)
+    _tell_data(data, options)
+    # On a terminal only: a bar in a log file is noise.
+    bar = console if console.is_terminal else None
+    result = train(plan.model, data.samples, options, out, held_out=data.held_out, console=bar)
+    _tell_result(result, options)
+
+
+def _tokenizer(model: str, mask_token: str | None) -> Any:
+    """The model's tokenizer. The model is loaded whole, so that a bad one is refused before the run begins."""
+    from fast_dllm.checkpoint import add_mask_token, load_checkpoint
+
+    checkpoint = load_checkpoint(model)
+    if checkpoint.tokenizer is None:
+        raise FastDLLMError(f"{model}: has no tokenizer, so conversations cannot be rendered for it")
+    if mask_token is not None:
+        add_mask_token(checkpoint, token=mask_token)
+    return checkpoint.tokenizer
+
+
+def _tell_data(data: "TrainingData", options: AdaptOptions) -> None:
+    line = f"samples        {len(data.samples)}, {len(data.held_out)} held out"
+    if data.truncated:
+        line += f"; {data.truncated} cut to --max-length {options.max_length}"
+    if data.dropped:
+        line += f"; {data.dropped} dropped: nothing of their answers was left"
+    typer.echo(line)
+
+
+def _tell_result(result: "AdaptResult", options: AdaptOptions) -> None:
+    if result.loss_before is not None and result.loss_after is not None:
+        typer.echo(f"held-out loss  {result.loss_before:.3f} -> {result.loss_after:.3f} nats per response token")
+    typer.echo(f"steps          {result.steps} of {options.steps}")
+    typer.echo(f"time           {result.seconds / 60:.1f} min")
+    typer.echo(f"checkpoint     {result.directory}")
+    following = "adapt --data ... --model" if options.objective == "ar" else "chat"
+    typer.echo(f"next           fast-dllm {following} {result.directory}")

@@ -1,0 +1,108 @@
+"""A recipe file: the settings of `fast-dllm adapt`, written down."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self, get_type_hints
+
+from fast_dllm.errors import FastDLLMError
+from fast_dllm.training.options import AdaptOptions
+
+_OPTIONS = [field.name for field in fields(AdaptOptions)]
+_SOURCES = ("model", "data", "tasks", "task_items")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train, on what, and how.
+
+    Attributes:
+        model: what `load_checkpoint` takes.
+        data: a file or a hub name; None when tasks are given.
+        tasks: names in `data.tasks.TASKS`; empty when data is given.
+        task_items: training items, over all tasks.
+        options: of the training.
+    """
+
+    model: str
+    data: str | None
+    tasks: tuple[str, ...]
+    task_items: int
+    options: AdaptOptions
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Make the recipe from checked settings.
+
+        Raises:
+            FastDLLMError: when the model or the data is missing, there is data and tasks, or an option is invalid.
+        """
+        model, data, tasks = (settings.get(name) for name in ("model", "data", "tasks"))
+        if model is None:
+            raise FastDLLMError("no model; give --model MODEL")
+        if bool(data) == bool(tasks):
+            problem = "--data and --task exclude each other" if data else "no data"
+            raise FastDLLMError(f"{problem}; give one of --data chats.jsonl and --task NAME[,NAME...]")
+        options = {name: value for name, value in settings.items() if name in _OPTIONS}
+        items = settings.get("task_items", 8000)
+        if not isinstance(items, int) or isinstance(items, bool) or items < 1:
+            raise FastDLLMError(f"task_items={items!r}: must be an integer of 1 or more")
+        return cls(model, data, tuple(tasks or ()), items, AdaptOptions(**options))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings in a recipe file: fields of `AdaptOptions`, and model, data, tasks, task_items.
+
+    Args:
+        path: TOML when it is named `.toml`, else JSON.
+
+    Raises:
+        FastDLLMError: for a file that cannot be read, an unknown key, or a value of the wrong kind.
+    """
+    values = _read(path)
+    for key in values:
+        if key not in (*_OPTIONS, *_SOURCES):
+            near = difflib.get_close_matches(key, [*_OPTIONS, *_SOURCES], n=1, cutoff=0.0)[0]
+            raise FastDLLMError(f"{path}: unknown key {key!r}; the nearest known one is {near!r}")
+    hints = get_type_hints(AdaptOptions)
+    for key, value in values.items():
+        if hints.get(key) is bool and not isinstance(value, bool):
+            raise FastDLLMError(f"{path}: {key}={value!r}: must be true or false")
+        if key in ("model", "data", "mask_token") and not isinstance(value, str):
+            raise FastDLLMError(f"{path}: {key}={value!r}: must be a string")
+    if "tasks" in values:
+        values["tasks"] = _tasks(path, values["tasks"])
+    return values
+
+
+def split_tasks(text: str) -> list[str]:
+    """The names in "NAME,NAME"."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _tasks(path: Path, value: Any) -> list[str]:
+    if isinstance(value, str):
+        return split_tasks(value)
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise FastDLLMError(f"{path}: tasks={value!r}: must be a list of task names")
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FastDLLMError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+    except OSError as error:
+        raise FastDLLMError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    is_toml = path.suffix.lower() == ".toml"
+    try:
+        values = tomllib.loads(text) if is_toml else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FastDLLMError(f"{path}: not {'TOML' if is_toml else 'JSON'} ({error}); repair the file") from error
+    if not isinstance(values, dict):
+        raise FastDLLMError(f"{path}: a JSON {type(values).__name__}; a recipe is an object of settings")
+    return values
