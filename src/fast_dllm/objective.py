@@ -110,7 +110,7 @@ def _needed(reads: Tensor, document: Tensor, block_size: int, *, whole_blocks: b
     _, rows, length = reads.shape
 
     def to_whole_blocks(wanted: Tensor) -> Tensor:
-        blocks = wanted.unflatten(-1, (length // block_size, block_size))
+        blocks: Tensor = wanted.unflatten(-1, (length // block_size, block_size))
         return blocks.any(-1).repeat_interleave(block_size, dim=-1)
 
     noisy = to_whole_blocks(reads[:-1])

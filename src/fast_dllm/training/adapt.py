@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, add_mask_token, save_adapter, save_checkpoint
+from fast_dllm.checkpoint.directory import check_target
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.data.chat import Sample
 from fast_dllm.data.packing import Packed, pack
@@ -21,6 +22,8 @@ from fast_dllm.training.lora import open_adapter, wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.schedule import RunDataset, StreamCollator, run_order
 from fast_dllm.training.trainer import BlockDiffusionTrainer, with_training_forward, without_training_forward
+
+_SETTINGS = "options.json"
 
 
 @dataclass(frozen=True)
@@ -70,35 +73,27 @@ def adapt(
         FastDLLMError: when the source is unusable, there is nothing to train on, or `out` holds another run.
     """
     out = Path(out)
-    run = _open_run(out, source, options)
+    if options.dtype == "auto":
+        options = replace(options, dtype="bfloat16" if _has_fast_bfloat16() else "float32")
+    run = out.with_name(f"{out.name}.run")
+    settings = {"source": str(source), **options.to_dict()}
+    _check_free(out, run, settings)
     model, checkpoint = _prepare(source, options)
-    config = checkpoint.config
-    rows = _rows(samples, config, options)
-    collator = StreamCollator(
-        config=config,
-        complementary=options.complementary,
-        with_ar=options.objective == "ar" or options.ar_weight > 0,
-        with_diffusion=options.objective == "diffusion",
-        seed=options.seed,
-    )
-    total = options.steps * options.batch_size * options.accumulation
-    order = run_order([len(row.input_ids) for row in rows], total, options.batch_size, options.seed)
+    rows = _rows(samples, checkpoint.config, options)
+    held_out_rows = _rows(held_out[: options.eval_samples], checkpoint.config, options) if held_out else []
+    run.mkdir(parents=True, exist_ok=True)
+    (run / _SETTINGS).write_text(json.dumps(settings, indent=2))
     clock = RunClock(run / "log.jsonl", options.max_minutes)
-    trainer = BlockDiffusionTrainer(
-        model=model,
-        args=_training_arguments(run, options),
-        train_dataset=RunDataset(rows, order),
-        data_collator=collator,
-        callbacks=[clock] + ([ProgressBar(console, "adapt")] if console is not None else []),
-        ar_weight=options.ar_weight,
-        views=(2 if options.complementary else 1) if options.objective == "diffusion" else 0,
-        clock=clock,
-    )
-    held_out_rows = _rows(held_out[: options.eval_samples], config, options) if held_out else []
+    bar = None if console is None else ProgressBar(console, "adapt")
+    trainer = _make_trainer(model, checkpoint.config, rows, options, run, clock, [] if bar is None else [bar])
+    before = _measure_before(run, trainer, held_out_rows, options)
     resume = _last_save(run)
-    before = _measure_before(run, trainer, held_out_rows, collator, options)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    after = _held_out_loss(trainer, held_out_rows, collator, options)
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    finally:
+        if bar is not None:
+            bar.close()
+    after = _held_out_loss(trainer, held_out_rows, options)
     result = AdaptResult(
         directory=out,
         loss_before=before,
@@ -111,15 +106,50 @@ def adapt(
     return result
 
 
-def _open_run(out: Path, source: str | Path, options: AdaptOptions) -> Path:
-    run = out.with_name(f"{out.name}.run")
-    settings = {"source": str(source), **options.to_dict()}
-    path = run / "options.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
+def _has_fast_bfloat16() -> bool:
+    """On a CPU without matrix units (AMX) bfloat16 products are slower than float32 ones."""
+    return torch.accelerator.is_available() or bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def _check_free(out: Path, run: Path, settings: dict[str, Any]) -> None:
+    check_target(out)
+    recorded = run / _SETTINGS
+    if recorded.exists() and json.loads(recorded.read_text()) != settings:
         raise FastDLLMError(f"{run} holds a run with other settings; choose another output directory or remove it")
-    run.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2))
-    return run
+
+
+def _make_trainer(
+    model: Any,
+    config: BlockDiffusionConfig,
+    rows: Sequence[Packed],
+    options: AdaptOptions,
+    run: Path,
+    clock: RunClock,
+    callbacks: Sequence[TrainerCallback],
+) -> BlockDiffusionTrainer:
+    collator = StreamCollator(
+        config=config,
+        complementary=options.complementary,
+        with_ar=options.objective == "ar" or options.ar_weight > 0,
+        with_diffusion=options.objective == "diffusion",
+        seed=options.seed,
+    )
+    arguments = _training_arguments(run, options)
+    per_update = options.batch_size * options.accumulation * arguments.world_size
+    order = run_order([len(row.input_ids) for row in rows], options.steps * per_update, per_update, options.seed)
+    views = 2 if options.complementary else 1
+    trainer = BlockDiffusionTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=RunDataset(rows, order),
+        data_collator=collator,
+        callbacks=[clock, *callbacks],
+        ar_weight=options.ar_weight,
+        views=views if options.objective == "diffusion" else 0,
+        clock=clock,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _prepare(source: str | Path, options: AdaptOptions) -> tuple[Any, Checkpoint]:
@@ -206,26 +236,24 @@ def _last_save(run: Path) -> Path | None:
     return None
 
 
-def _measure_before(
-    run: Path, trainer: Any, rows: Sequence[Packed], collator: StreamCollator, options: AdaptOptions
-) -> float | None:
+def _measure_before(run: Path, trainer: Any, rows: Sequence[Packed], options: AdaptOptions) -> float | None:
     """Held-out loss of the untrained model, kept on disk for the runs that resume this one."""
     path = run / "loss_before.json"
     if not path.exists():
-        path.write_text(json.dumps(_held_out_loss(trainer, rows, collator, options)))
+        path.write_text(json.dumps(_held_out_loss(trainer, rows, options)))
     loss: float | None = json.loads(path.read_text())
     return loss
 
 
 @torch.no_grad()
-def _held_out_loss(
-    trainer: Any, rows: Sequence[Packed], collator: StreamCollator, options: AdaptOptions
-) -> float | None:
-    """Mean loss in nats per response token, with the same noise every time."""
+def _held_out_loss(trainer: Any, rows: Sequence[Packed], options: AdaptOptions) -> float | None:
+    """Mean loss of the objective in nats per response token, with the same noise every time."""
     if not rows:
         return None
     trainer.model.eval()
-    collator = replace(collator, seed=options.seed + 1, with_ar=not collator.with_diffusion)
+    # Of the diffusion objective alone, so that runs with and without an AR loss compare.
+    own: StreamCollator = trainer.data_collator
+    collator = replace(own, seed=options.seed + 1, with_ar=not own.with_diffusion)
     losses = []
     for start in range(0, len(rows), options.batch_size):
         batch = collator(list(enumerate(rows))[start : start + options.batch_size])

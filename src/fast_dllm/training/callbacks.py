@@ -31,7 +31,9 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up the clock of the resumed save."""
+        """Take up the clock and the log of the resumed save: lines of steps that are done again go."""
+        if state.is_world_process_zero:
+            self._path.write_text("".join(json.dumps(log) + "\n" for log in state.log_history))
         self._before = max((log.get("elapsed_s", 0.0) for log in state.log_history), default=0.0)
         self._start = self._since = time.monotonic()
 
@@ -41,7 +43,10 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
         if self.response_tokens:
             logs["tokens_per_s"] = round(self.response_tokens / (now - self._since), 1)
             logs["response_tokens"] = self.response_tokens
-        logs["elapsed_s"] = round(self.elapsed(), 1)
+        elapsed = self.elapsed()
+        logs["elapsed_s"] = round(elapsed, 1)
+        if self._limit is not None:
+            logs["time_left_s"] = round(max(self._limit - elapsed, 0.0), 1)
         self._since, self.response_tokens = now, 0
 
     def on_log(
@@ -59,41 +64,41 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """A bar with loss, tokens/s and time left."""
+    """A bar with loss, tokens/s and time left. It follows the steps, or the time where that is what will run out."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._progress = Progress(
             TextColumn(title),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[steps]}"),
             TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task(title, loss="-", rate="-")
+        self._task = self._progress.add_task(title, start=False, total=None, steps="", loss="-", rate="-")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the bar."""
-        self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
         self._progress.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance."""
-        self._progress.update(self._task, completed=state.global_step)
+        self._progress.start_task(self._task)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Show the loss and the rate."""
-        if "loss" in logs:
-            loss = f"{float(logs['loss']):.3f}"
-            self._progress.update(self._task, loss=loss, rate=f"{logs.get('tokens_per_s', 0):.0f}")
+        """Advance, and show the loss and the rate."""
+        if "loss" not in logs:
+            return
+        done, total, steps = float(state.global_step), float(state.max_steps), f"{state.global_step}/{state.max_steps}"
+        if "time_left_s" in logs:
+            elapsed, limit = logs["elapsed_s"], logs["elapsed_s"] + logs["time_left_s"]
+            if elapsed * total > limit * done:
+                done, total, steps = elapsed, limit, f"step {state.global_step}"
+        loss, rate = f"{float(logs['loss']):.3f}", f"{logs.get('tokens_per_s', 0):.0f}"
+        self._progress.update(self._task, completed=done, total=total, steps=steps, loss=loss, rate=rate)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take the bar away."""
+    def close(self) -> None:
+        """Take the bar away; a bar left standing hides the cursor."""
         self._progress.stop()

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from fast_dllm.checkpoint import Checkpoint, load_adapter_base, load_checkpoint
+from fast_dllm.checkpoint.quiet import quiet
 from fast_dllm.training.options import AdaptOptions
 
 
@@ -39,7 +40,8 @@ def wrap_with_lora(model: Any, mask_token_id: int | None, options: AdaptOptions,
         The peft model, adapter weights in float32.
     """
     if adapter is not None:
-        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        with quiet():
+            wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     else:
         # peft names layers by suffix; the embedding's own name differs between families.
         embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
@@ -52,7 +54,8 @@ def wrap_with_lora(model: Any, mask_token_id: int | None, options: AdaptOptions,
             target_modules="all-linear",
             trainable_token_indices=rows,
         )
-        wrapped = get_peft_model(model, config)
+        with quiet():
+            wrapped = get_peft_model(model, config)
     for module in wrapped.modules():
         if options.dtype == "bfloat16" and hasattr(module, "lora_A"):
             # Autocast would only cast the activations back from the adapter's float32.

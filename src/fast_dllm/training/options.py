@@ -22,7 +22,7 @@ class AdaptOptions(_FromMapping):
         schedule: after it, "linear" decay to zero or "constant".
         weight_decay: of AdamW.
         max_length: tokens; longer samples are truncated and counted.
-        block_size: D.
+        block_size: tokens per block.
         token_shift: the hidden state at i-1 predicts token i.
         context_attention: who sees whom among clean tokens.
         complementary: two views with complementary masks (off: one view).
@@ -32,7 +32,7 @@ class AdaptOptions(_FromMapping):
         lora_rank: rank of the LoRA adapter on all linear layers; 0 trains all weights.
         lora_alpha: scale of the adapter; None is twice the rank.
         mask_token: a vocabulary entry to use as mask token; None finds or adds one.
-        dtype: "bfloat16" (autocast) or "float32".
+        dtype: of the arithmetic: "bfloat16" (autocast), "float32", or "auto", the faster one of this machine.
         gradient_checkpointing: recompute activations in the backward.
         seed: of weights' initialisation, data order and noise.
         save_every: steps between resumable saves.
@@ -59,7 +59,7 @@ class AdaptOptions(_FromMapping):
     lora_rank: int = 32
     lora_alpha: int | None = None
     mask_token: str | None = None
-    dtype: Literal["bfloat16", "float32"] = "float32"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
     save_every: int = 50
@@ -76,7 +76,7 @@ class AdaptOptions(_FromMapping):
         _require_number("weight_decay", self.weight_decay, 0.0, 1.0)
         _require_number("ar_weight", self.ar_weight, 0.0, 100.0)
         _require_choice("context_attention", self.context_attention, ContextAttention)
-        _require_choice("dtype", self.dtype, Literal["bfloat16", "float32"])
+        _require_choice("dtype", self.dtype, Literal["auto", "bfloat16", "float32"])
         _require_choice("schedule", self.schedule, Literal["linear", "constant"])
         if self.max_minutes is not None:
             _require_number("max_minutes", self.max_minutes, 0.0, 1e6)

@@ -26,13 +26,14 @@ def noise_seed(seed: int, place: int) -> int:
 def run_order(lengths: Sequence[int], total: int, batch: int, seed: int) -> list[int]:
     """Which row is trained at which place of the run.
 
-    Every epoch is a new shuffle; within a window of 32 batches rows of like length share a batch, since a batch
-    is padded to its longest row, and the batches are shuffled again.
+    Every epoch is a new shuffle; within a window of 32 updates rows of like length share an update, since a
+    forward is padded to its longest row, and the updates are shuffled again. How an update is cut into forwards
+    (accumulation, devices) does not change the order.
 
     Args:
         lengths: tokens of each row.
         total: places to fill, `steps` times the global batch.
-        batch: rows that share a forward.
+        batch: rows of one update, over all forwards and devices: the global batch.
         seed: of the shuffles.
 
     Returns:

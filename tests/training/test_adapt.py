@@ -1,0 +1,157 @@
+"""Runs of `adapt` on tiny models: resuming, accumulation, phases, what is saved."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, load_checkpoint, save_checkpoint
+from fast_dllm.config import BlockDiffusionConfig
+from fast_dllm.data.chat import Sample
+from fast_dllm.errors import FastDLLMError
+from fast_dllm.training import adapt as adapt_module
+from fast_dllm.training.adapt import adapt
+from fast_dllm.training.options import AdaptOptions
+from tiny import tiny_model, tiny_tokenizer
+
+OPTIONS = AdaptOptions(
+    steps=6, batch_size=4, learning_rate=1e-2, warmup_steps=0, max_length=64, block_size=8, save_every=2, lora_rank=4
+)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    checkpoint = Checkpoint(
+        model=tiny_model("llama"),
+        tokenizer=tiny_tokenizer(),
+        config=AUTOREGRESSIVE,
+        stop_token_ids=(3,),
+        origin="tiny",
+    )
+    save_checkpoint(checkpoint, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def make_samples(count: int = 24) -> list[Sample]:
+    rng = random.Random(0)
+    samples = []
+    for _ in range(count):
+        length = rng.randrange(6, 40)
+        ids = [rng.randrange(4, 54) for _ in range(length)]
+        samples.append(Sample(input_ids=ids, loss_mask=[i >= length // 2 for i in range(length)]))
+    return samples
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(directory).model.state_dict()
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+class _Kill(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(base, tmp_path, monkeypatch, step, lora_rank):
+    options = replace(OPTIONS, lora_rank=lora_rank)
+    adapt(base, make_samples(), options, tmp_path / "whole")
+    real = adapt_module.BlockDiffusionTrainer
+
+    def killed(*args, **kwargs):
+        trainer = real(*args, **kwargs)
+        trainer.add_callback(_Kill(step))
+        return trainer
+
+    monkeypatch.setattr(adapt_module, "BlockDiffusionTrainer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(base, make_samples(), options, tmp_path / "resumed")
+    monkeypatch.setattr(adapt_module, "BlockDiffusionTrainer", real)
+    result = adapt(base, make_samples(), options, tmp_path / "resumed")
+    assert result.steps == 6
+    assert_same(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_a_half_written_save_is_not_resumed_from(base, tmp_path):
+    adapt(base, make_samples(), OPTIONS, tmp_path / "whole")
+    adapt(base, make_samples(), OPTIONS, tmp_path / "again")
+    newest = max((tmp_path / "again.run").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    (newest / "trainer_state.json").write_text('{"global_st')
+    adapt(base, make_samples(), OPTIONS, tmp_path / "again")
+    assert_same(tmp_path / "whole", tmp_path / "again")
+
+
+def test_accumulation_does_not_change_the_updates(base, tmp_path):
+    # float64 would be exact; in float32 the order of the sums differs.
+    log = {}
+    for name, batch, accumulation in (("wide", 4, 1), ("accumulated", 1, 4)):
+        options = replace(OPTIONS, batch_size=batch, accumulation=accumulation, learning_rate=1e-3)
+        adapt(base, same_length_samples(), options, tmp_path / name)
+        lines = (tmp_path / f"{name}.run" / "log.jsonl").read_text().splitlines()
+        log[name] = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
+    assert log["wide"] == pytest.approx(log["accumulated"], abs=1e-5)
+
+
+def same_length_samples() -> list[Sample]:
+    # Rows of one length keep their order when the batch size changes.
+    rng = random.Random(1)
+    return [
+        Sample(input_ids=[rng.randrange(4, 54) for _ in range(16)], loss_mask=[False] * 4 + [True] * 12)
+        for _ in range(4)
+    ]
+
+
+def test_one_adapter_goes_through_both_phases(base, tmp_path):
+    ar = replace(OPTIONS, objective="ar")
+    first = adapt(base, make_samples(), ar, tmp_path / "ar", held_out=make_samples())
+    diffusion = replace(OPTIONS, context_attention="causal", ar_weight=0.5)
+    second = adapt(tmp_path / "ar", make_samples(), diffusion, tmp_path / "both", held_out=make_samples())
+    assert first.loss_after < first.loss_before
+    assert second.loss_after < second.loss_before
+    checkpoint = load_checkpoint(tmp_path / "both")
+    mask = checkpoint.config.mask_token_id
+    assert checkpoint.config == BlockDiffusionConfig(mask_token_id=mask, block_size=8, context_attention="causal")
+    record = json.loads((tmp_path / "both" / "block_diffusion.json").read_text())
+    assert record["base"] == str(base)
+
+
+def test_only_the_mask_row_of_the_embedding_is_trained(base, tmp_path):
+    adapt(base, make_samples(), replace(OPTIONS, mask_token="q"), tmp_path / "out")
+    before, after = load_checkpoint(base), load_checkpoint(tmp_path / "out")
+    mask = after.config.mask_token_id
+    changed = (before.model.get_input_embeddings().weight != after.model.get_input_embeddings().weight).any(1)
+    assert changed.nonzero().flatten().tolist() == [mask]
+
+
+def test_other_settings_in_the_same_place_are_refused(base, tmp_path):
+    adapt(base, make_samples(), OPTIONS, tmp_path / "out")
+    with pytest.raises(FastDLLMError, match="other settings"):
+        adapt(base, make_samples(), replace(OPTIONS, seed=3), tmp_path / "out")
+
+
+def test_time_limit_ends_and_saves(base, tmp_path):
+    options = replace(OPTIONS, steps=10_000, max_minutes=0.02, schedule="constant", save_every=1000)
+    result = adapt(base, make_samples(), options, tmp_path / "out")
+    assert 0 < result.steps < 10_000
+    again = adapt(base, make_samples(), options, tmp_path / "out")
+    assert again.steps <= result.steps + 1  # its time is up already
+
+
+def test_nothing_to_learn_from_is_an_error(base, tmp_path):
+    with pytest.raises(FastDLLMError, match="no sample"):
+        adapt(base, [Sample(input_ids=[5, 6], loss_mask=[False, False])], OPTIONS, tmp_path / "out")
