@@ -241,7 +241,7 @@ class BlockDiffusionLM:
 
     def _check_ids(self, prompts: Sequence[Sequence[int]]) -> None:
         rows = self.checkpoint.model.get_input_embeddings().num_embeddings
-        for number, prompt in enumerate(prompts):
+        for number, prompt in enumerate(prompts, start=1):
             for token in prompt:
                 if not (isinstance(token, int) and 0 <= token < rows):
                     raise FastDLLMError(

@@ -1,6 +1,7 @@
 """Prompts in, answers out: a fixed batch through the engine, in token ids."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,16 +92,26 @@ def make_engine(
     """
     if not requests:
         raise FastDLLMError("no prompts given; pass at least one")
-    capacity = max(DecodeState(prompt, config, decoding, ()).capacity for prompt, decoding in requests)
+    capacity = 0
+    for number, (prompt, decoding) in enumerate(requests, start=1):
+        with _naming(number, len(requests)):
+            capacity = max(capacity, DecodeState(prompt, config, decoding, ()).capacity)
     slots = min(len(requests), max_batch)
     engine = Engine(backbone, config, slots=slots, max_length=capacity, stop_token_ids=stop_token_ids)
     submitted = []
     for number, (prompt, decoding) in enumerate(requests, start=1):
-        try:
+        with _naming(number, len(requests)):
             submitted.append(engine.submit(prompt, decoding))
-        except FastDLLMError as error:
-            raise FastDLLMError(f"prompt {number}: {error}" if len(requests) > 1 else str(error)) from error
     return engine, submitted
+
+
+@contextmanager
+def _naming(number: int, count: int) -> Iterator[None]:
+    """Let errors say which of several prompts they are about."""
+    try:
+        yield
+    except FastDLLMError as error:
+        raise FastDLLMError(f"prompt {number}: {error}" if count > 1 else str(error)) from error
 
 
 def generate_batch(

@@ -38,7 +38,7 @@ def select(confidence: Tensor, masked: Tensor, parameters: PolicyParameters) -> 
     ranked, order = confidence.sort(dim=-1, descending=True, stable=True)
     n = torch.arange(1, confidence.shape[-1] + 1, device=confidence.device)
     within_bound = (n + 1) * (1 - ranked) < parameters.factor
-    # The largest n that satisfies the bound, not the first that fails: the condition is not monotone in n.
+    # As n grows so does the bound's left side: the largest n is where the run of true ends.
     largest = (within_bound * n).amax(dim=-1, keepdim=True)
     rank_below = n <= torch.maximum(largest, parameters.at_least).clamp(min=1)
     chosen = torch.zeros_like(masked).scatter(-1, order, rank_below) | (confidence > parameters.threshold)
