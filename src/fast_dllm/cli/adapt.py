@@ -77,9 +77,12 @@ def _run(plan: Recipe, out: Path, console: "Console") -> None:
         tokenizer = _tokenizer(plan.model, options.mask_token)
         data = render_conversations(tokenizer, conversations, max_length=options.max_length)
     _tell_data(data, options)
-    # On a terminal only: a bar in a log file is noise.
-    bar = console if console.is_terminal else None
-    result = train(plan.model, data.samples, options, out, held_out=data.held_out, console=bar)
+    if console.is_terminal:
+        # The bar shows the training alone; loading and measuring take their time too.
+        with console.status("adapting; the held-out loss is measured before and after"):
+            result = train(plan.model, data.samples, options, out, held_out=data.held_out, console=console)
+    else:
+        result = train(plan.model, data.samples, options, out, held_out=data.held_out)
     _tell_result(result, options)
 
 

@@ -93,13 +93,14 @@ def adapt(
     finally:
         if bar is not None:
             bar.close()
+    seconds = round(clock.elapsed(), 1)
     after = _held_out_loss(trainer, held_out_rows, options)
     result = AdaptResult(
         directory=out,
         loss_before=before,
         loss_after=after,
         steps=trainer.state.global_step,
-        seconds=round(clock.elapsed(), 1),
+        seconds=seconds,
         truncated=sum(sample.truncated for sample in samples),
     )
     _save(trainer.model, checkpoint, options, result)
