@@ -24,7 +24,7 @@ demo: install  ## adapt a real model live, then AR beside block diffusion: runs/
 	$(BIN)/fast-dllm demo
 
 test: install  ## all tests that need no network, no GPU and no long time
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(BIN)/pytest -n 2 -m 'not slow and not gpu'
 
 test-slow: install  ## the tests on the real model
 	$(BIN)/pytest -m slow

@@ -91,7 +91,7 @@ def test_result_holds_a_step_and_a_confidence_for_each_new_token(lm):
 
 @pytest.mark.parametrize("token", [-1, VOCABULARY, 10**9])
 def test_token_ids_out_of_range_are_refused(lm, token):
-    refusal(lambda: lm.generate([[1, 2], [1, token]]), f"prompt 1: token id {token} is not in the vocabulary")
+    refusal(lambda: lm.generate([[1, 2], [1, token]]), f"prompt 2: token id {token} is not in the vocabulary")
     refusal(lambda: lm.stream([1, token]), "ids run from 0 to 63")
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
 from fast_dllm.decoding.events import Event, FinishReason, Statistics
-from fast_dllm.decoding.state import DecodeState
-from fast_dllm.engine.engine import Engine
+from fast_dllm.engine.engine import Engine, open_state
 from fast_dllm.engine.request import Request
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.model.backbone import Backbone
@@ -95,7 +94,7 @@ def make_engine(
     capacity = 0
     for number, (prompt, decoding) in enumerate(requests, start=1):
         with _naming(number, len(requests)):
-            capacity = max(capacity, DecodeState(prompt, config, decoding, ()).capacity)
+            capacity = max(capacity, open_state(backbone, config, prompt, decoding, ()).capacity)
     slots = min(len(requests), max_batch)
     engine = Engine(backbone, config, slots=slots, max_length=capacity, stop_token_ids=stop_token_ids)
     submitted = []

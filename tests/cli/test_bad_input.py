@@ -202,7 +202,7 @@ PROMPTS = {
     "prompts not UTF-8": (lambda b: b.prompts(b"caf\xe9\n", "prompts.txt"), "prompts.txt:1: not UTF-8"),
     "prompt too long": (lambda b: b.generate(None, "--prompt", "a" * 500), "exceed the model's 512 positions"),
     "one of the prompts too long": (lambda b: b.prompts("a\n" + "b" * 500, "prompts.txt"), "prompt 2: prompt of"),
-    "answer too long": (lambda b: b.generate(None, "--max-new-tokens", 512), "lower --max-new-tokens"),
+    "answer too long": (lambda b: b.generate(None, "--max-new-tokens", 512), "lower max_new_tokens"),
 }
 OPTIONS = {
     "no new tokens": (lambda b: b.generate(None, "--max-new-tokens", 0), "max_new_tokens=0"),

@@ -13,6 +13,35 @@ from fast_dllm.errors import FastDLLMError
 from fast_dllm.model.backbone import Backbone
 
 
+def open_state(
+    backbone: Backbone,
+    config: BlockDiffusionConfig,
+    prompt: Sequence[int],
+    decoding: DecodingConfig,
+    stop_token_ids: Sequence[int],
+) -> DecodeState:
+    """The state of a new request, checked against the model's length before anything is allocated for it.
+
+    Args:
+        backbone: the model.
+        config: what the checkpoint is.
+        prompt: token ids.
+        decoding: what is asked.
+        stop_token_ids: of the checkpoint.
+
+    Raises:
+        FastDLLMError: for a request that the model cannot run.
+    """
+    state = DecodeState(prompt, config, decoding, stop_token_ids)
+    longest = backbone.max_length
+    if longest is not None and state.limit > longest:
+        raise FastDLLMError(
+            f"prompt of {len(prompt)} tokens and max_new_tokens={decoding.max_new_tokens} exceed the model's "
+            f"{longest} positions; shorten the prompt or lower max_new_tokens"
+        )
+    return state
+
+
 class Engine:
     """Decodes requests: a tick asks each what it needs, runs rows of one shape together, and lets each absorb.
 
@@ -58,13 +87,7 @@ class Engine:
         Raises:
             FastDLLMError: when it cannot fit.
         """
-        state = DecodeState(prompt, self._config, decoding, self._stop_token_ids)
-        longest = self._backbone.max_length
-        if longest is not None and state.limit > longest:
-            raise FastDLLMError(
-                f"prompt of {len(prompt)} tokens and max_new_tokens={decoding.max_new_tokens} exceed the model's "
-                f"{longest} positions; shorten the prompt or lower max_new_tokens"
-            )
+        state = open_state(self._backbone, self._config, prompt, decoding, self._stop_token_ids)
         if state.capacity > self._cache.max_length:
             raise FastDLLMError(
                 f"the request needs {state.capacity} positions, a cache slot has {self._cache.max_length}; "
