@@ -38,9 +38,10 @@ format: install  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-model: install  ## train the model in the box again (about an hour and a half on two cores)
+model: install  ## train the model in the box again (100 minutes of training)
 	$(BIN)/fast-dllm adapt --recipe recipes/smollm2-1-autoregressive.json --out runs/smollm2/autoregressive
 	$(BIN)/fast-dllm adapt --recipe recipes/smollm2-2-block-diffusion.json --out runs/smollm2/block-diffusion
+	$(BIN)/python recipes/package_smollm2.py runs/smollm2/block-diffusion
 
 clean:  ## remove what was installed and what runs left
 	rm -rf $(VENV) runs dist
