@@ -109,7 +109,8 @@ def adapt(
 
 def _has_fast_bfloat16() -> bool:
     """On a CPU without matrix units (AMX) bfloat16 products are slower than float32 ones."""
-    return torch.accelerator.is_available() or bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch release we admit
+    return torch.accelerator.is_available() or bool(capabilities.get("amx_bf16", False))
 
 
 def _check_free(out: Path, run: Path, settings: dict[str, Any]) -> None:
