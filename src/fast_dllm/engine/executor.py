@@ -55,7 +55,7 @@ class Executor:
             ]
             for row in rows
         ]
-        # Without a position before it (no shift needed there), a candidate is read where it stands.
+        # Under token shift a token is predicted at the position before it, else where it stands.
         read = [(r, c - shift - f.start) for r, f in enumerate(forwards) for c in f.candidates]
         slots = [row.request.slot or 0 for row in rows]
         side_by_side = slots[-1] - slots[0] == len(slots) - 1
