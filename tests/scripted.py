@@ -28,8 +28,8 @@ class ScriptedBackbone:
         call = len(self.batches)
         self.batches.append(batch)
         logits = torch.empty(len(batch.read), self.vocabulary, dtype=torch.float64)
-        for n, (row, column) in enumerate(batch.read.tolist()):
-            token, probability = self.script(batch.positions[row, column].item() + self.shift, call)
+        for n, place in enumerate(batch.read.tolist()):
+            token, probability = self.script(batch.positions[place].item() + self.shift, call)
             logits[n] = math.log((1 - probability) / (self.vocabulary - 1))
             logits[n, token] = math.log(probability)
         return logits

@@ -13,7 +13,7 @@ from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.config import DecodingConfig
 from fast_dllm.generation import decoding_from_call, generate_batch
 from fast_dllm.masks import dense_mask, sequence_tokens
-from fast_dllm.model.backbone import ForwardBatch
+from fast_dllm.model.backbone import ForwardBatch, RowSpan
 from fast_dllm.model.forward import head_logits, hidden_states
 from fast_dllm.model.hf import HFBackbone
 from fast_dllm.noise import draw_views
@@ -79,17 +79,8 @@ def test_logits_over_the_cache(name):
 
     def logits(ids, start, end, *, noisy, rows):
         length = ids.shape[1]
-        batch = ForwardBatch(
-            input_ids=ids,
-            positions=torch.arange(start, start + length)[None],
-            slots=torch.tensor([0]),
-            slot_range=slice(0, 1),
-            visible_end=torch.tensor([end]),
-            noisy_from=torch.tensor([64 if noisy else end]),
-            block_size=torch.tensor([32]),
-            keys=end,
-            read=torch.tensor([[0, row] for row in rows]),
-        )
+        row = RowSpan(0, start, start + length, end, 64 if noisy else end, 32)
+        batch = ForwardBatch.build([row], ids[0].tolist(), rows)
         return backbone.forward(batch, slab)
 
     def assert_close(ours, recorded):

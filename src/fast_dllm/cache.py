@@ -62,18 +62,17 @@ class KVCache:
         self._free.sort(reverse=True)
 
     def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store K/V of a forward.
+        """Store K/V of a forward over T positions.
 
         Args:
             layer: index of the layer.
-            slots: int64 [R], slot of each row.
-            positions: int64 [R, Q], where the queries stand.
-            keys: [R, kv_heads, Q, head_dim].
+            slots: int64 [T], slot of each position.
+            positions: int64 [T], place in the slot.
+            keys: [T, kv_heads, head_dim].
             values: like `keys`.
         """
-        rows = slots[:, None]
-        self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
-        self.values[layer][rows, :, positions] = values.transpose(1, 2)
+        self.keys[layer][slots, :, positions] = keys
+        self.values[layer][slots, :, positions] = values
 
     def read(self, layer: int, rows: slice | Tensor, length: int) -> tuple[Tensor, Tensor]:
         """K/V of some slots, up to `length`.

@@ -6,7 +6,7 @@ import torch
 from decoding_cases import confident_model, tokens
 from fast_dllm.cache import KVCache, LayerShape
 from fast_dllm.masks import dense_mask, sequence_tokens
-from fast_dllm.model.backbone import ForwardBatch
+from fast_dllm.model.backbone import ForwardBatch, RowSpan
 from fast_dllm.model.forward import head_logits, hidden_states
 from fast_dllm.model.hf import HFBackbone
 from tiny import ARCHITECTURES, tiny_model
@@ -16,22 +16,14 @@ BLOCK = 8
 
 def forward(model, cache, rows, *, visible_end=None, noisy=False):
     """One forward of (slot, ids, start) rows of equal length; logits [R, Q, V]."""
-    slots = [slot for slot, _, _ in rows]
     length = len(rows[0][1])
     ends = [start + length for _, _, start in rows] if visible_end is None else visible_end
-    starts = [start // BLOCK * BLOCK for _, _, start in rows]
-    read = [(r, q) for r in range(len(rows)) for q in range(length)]
-    batch = ForwardBatch(
-        input_ids=torch.tensor([ids for _, ids, _ in rows]),
-        positions=torch.tensor([range(start, start + length) for _, _, start in rows]),
-        slots=torch.tensor(slots),
-        slot_range=slice(slots[0], slots[-1] + 1) if slots[-1] - slots[0] == len(slots) - 1 else None,
-        visible_end=torch.tensor(ends),
-        noisy_from=torch.tensor(starts if noisy else ends),
-        block_size=torch.full((len(rows),), BLOCK),
-        keys=max(ends),
-        read=torch.tensor(read),
-    )
+    spans = [
+        RowSpan(slot, start, start + length, end, start // BLOCK * BLOCK if noisy else end, BLOCK)
+        for (slot, _, start), end in zip(rows, ends, strict=True)
+    ]
+    ids = [token for _, row, _ in rows for token in row]
+    batch = ForwardBatch.build(spans, ids, range(len(ids)))
     return model.forward(batch, cache).view(len(rows), length, -1)
 
 
@@ -111,8 +103,8 @@ def test_slots_side_by_side_are_read_without_a_copy():
 
 def test_write_touches_only_its_rows_and_positions():
     cache = KVCache([LayerShape(1, 2, 3)], 3, 6, dtype=torch.float32, device="cpu")
-    keys, values = torch.ones(2, 1, 2, 2), torch.ones(2, 1, 2, 3)
-    cache.write(0, torch.tensor([0, 2]), torch.tensor([[1, 2], [4, 5]]), keys, values)
+    keys, values = torch.ones(4, 1, 2), torch.ones(4, 1, 3)
+    cache.write(0, torch.tensor([0, 0, 2, 2]), torch.tensor([1, 2, 4, 5]), keys, values)
     touched = cache.keys[0][:, 0, :, 0].nonzero().tolist()
     assert touched == [[0, 1], [0, 2], [2, 4], [2, 5]]
     assert cache.values[0].sum() == 12

@@ -33,7 +33,7 @@ def test_requests_beyond_the_slots_wait_and_finish():
     for n, request in enumerate(requests):
         assert request.state.answer() == expected([1] * (n + 1), 6 + n)
         assert request.state.finish == "length"
-    assert max(len(batch.slots) for batch in model.batches) <= 2
+    assert max(len(batch.rows) for batch in model.batches) <= 2
     assert sorted({event.request for event in events}) == list(range(7))
     assert engine.idle
     assert free_slots(engine) == 2
@@ -104,17 +104,29 @@ def test_request_may_arrive_between_ticks():
     list(engine.run())
     assert first.state.answer() == expected([1], 20)
     assert second.state.answer() == expected([1, 2], 20)
-    assert any(len(batch.slots) == 2 for batch in model.batches)
+    assert any(len(batch.rows) == 2 for batch in model.batches)
 
 
 def test_rows_at_different_stages_share_a_forward():
-    # A denoising row and a committing row have the same length.
-    engine, model = engine_with(2, script=lambda position, _: (1, 0.95 if position > 20 else 0.2))
+    engine, model = engine_with(3, script=lambda position, _: (1, 0.95 if position > 20 else 0.2))
     engine.submit([1] * 22, DecodingConfig(max_new_tokens=12))
     engine.submit([1], DecodingConfig(max_new_tokens=12))
+    engine.submit([1, 1], DecodingConfig(max_new_tokens=12, block_size=1, small_block_size=1))
     list(engine.run())
-    shared = [batch for batch in model.batches if len(batch.slots) == 2]
-    assert any((batch.noisy_from == batch.visible_end).tolist() in ([True, False], [False, True]) for batch in shared)
+    clean = [[row.noisy_from == row.visible_end for row in batch.rows] for batch in model.batches]
+    assert any(len(rows) == 3 and {*rows} == {True, False} for rows in clean)
+    assert any(len({row.length for row in batch.rows}) > 1 for batch in model.batches)
+
+
+def test_a_tick_is_one_forward():
+    engine, model = engine_with(3)
+    for length in (1, 9, 30):
+        engine.submit([1] * length, DecodingConfig(max_new_tokens=12))
+    ticks = 0
+    while not engine.idle:
+        engine.step()
+        ticks += 1
+    assert ticks == len(model.batches)
 
 
 def test_request_longer_than_a_slot_is_refused():
@@ -167,5 +179,6 @@ def test_slots_never_leak(slots, actions):
     assert free_slots(engine) == slots
     assert all(request.state.finish is not None and request.slot is None for request in requests)
     for batch in model.batches:
-        assert len(set(batch.slots.tolist())) == len(batch.slots)
-        assert batch.slots.tolist() == sorted(batch.slots.tolist())
+        assert len({row.slot for row in batch.rows}) == len(batch.rows)
+        order = [(row.length, row.slot) for row in batch.rows]
+        assert order == sorted(order)

@@ -8,7 +8,7 @@ from fast_dllm.decoding.events import Event
 from fast_dllm.decoding.state import DecodeState, absorb
 from fast_dllm.engine.executor import Executor
 from fast_dllm.engine.request import Request
-from fast_dllm.engine.scheduler import Scheduler, group
+from fast_dllm.engine.scheduler import Scheduler, rows_of
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.model.backbone import Backbone
 
@@ -43,7 +43,7 @@ def open_state(
 
 
 class Engine:
-    """Decodes requests: a tick asks each what it needs, runs rows of one shape together, and lets each absorb.
+    """Decodes requests: a tick asks each what it needs, runs one forward over all, and lets each absorb.
 
     Rows never wait for each other's blocks, and a row's tokens do not depend on its neighbours.
     """
@@ -111,13 +111,13 @@ class Engine:
         """
         for request in self._scheduler.admit(self._cache.free_slots):
             request.slot = self._cache.allocate()
+        rows = rows_of(self._scheduler.running)
         events = []
-        for rows in group(self._scheduler.running):
-            for row, revealed in zip(rows, self._executor.run(rows, self._cache), strict=True):
-                event = absorb(row.request.state, row.forward, row.request.id, revealed)
-                events.append(event)
-                if event.finish is not None:
-                    self._retire(row.request)
+        for row, revealed in zip(rows, self._executor.run(rows, self._cache), strict=True):
+            event = absorb(row.request.state, row.forward, row.request.id, revealed)
+            events.append(event)
+            if event.finish is not None:
+                self._retire(row.request)
         return events
 
     def run(self) -> Iterator[Event]:

@@ -1,6 +1,6 @@
 """Runs one forward for a group of rows: builds its tensors, samples, and applies the policies.
 
-Shape legend: R rows, Q positions, N candidate tokens, W the most candidates of a row, V vocabulary.
+Shape legend: R rows, N candidate tokens, W the most candidates of a row, V vocabulary.
 """
 
 import torch
@@ -11,7 +11,7 @@ from fast_dllm.config import BlockDiffusionConfig, ConfidenceMeasure, DecodingCo
 from fast_dllm.decoding.policy import PolicyParameters, select
 from fast_dllm.decoding.sampling import SamplingParameters, greedy, sample
 from fast_dllm.engine.request import Row
-from fast_dllm.model.backbone import Backbone, ForwardBatch
+from fast_dllm.model.backbone import Backbone, ForwardBatch, RowSpan
 
 Revealed = list[tuple[int, int, float]]
 """(position, token, confidence) of each token that a row reveals."""
@@ -29,12 +29,14 @@ class Executor:
         """One forward.
 
         Args:
-            rows: of equal query length, in order of their slots.
+            rows: in order of (query length, slot).
             cache: read and written.
 
         Returns:
             What each row reveals.
         """
+        if not rows:
+            return []
         logits = self._backbone.forward(self._batch(rows), cache)
         if logits.shape[0] == 0:
             return [[] for _ in rows]
@@ -45,31 +47,29 @@ class Executor:
         return torch.tensor(values, dtype=dtype).to(self._backbone.device, non_blocking=True)
 
     def _batch(self, rows: list[Row]) -> ForwardBatch:
-        mask_id = self._config.mask_token_id
-        forwards = [row.forward for row in rows]
+        # A model without a mask token decodes blocks of one, of which no forward holds a mask.
+        mask_id = self._config.mask_token_id or 0
         shift = 1 if self._config.token_shift else 0
-        ids = [
-            [
-                mask_id if token is None else token
-                for token in row.request.state.ids[row.forward.start : row.forward.end]
-            ]
-            for row in rows
-        ]
-        # Under token shift a token is predicted at the position before it, else where it stands.
-        read = [(r, c - shift - f.start) for r, f in enumerate(forwards) for c in f.candidates]
-        slots = [row.request.slot or 0 for row in rows]
-        side_by_side = slots[-1] - slots[0] == len(slots) - 1
-        return ForwardBatch(
-            input_ids=self._tensor(ids),
-            positions=self._tensor([range(f.start, f.end) for f in forwards]),
-            slots=self._tensor(slots),
-            slot_range=slice(slots[0], slots[-1] + 1) if side_by_side else None,
-            visible_end=self._tensor([f.visible_end for f in forwards]),
-            noisy_from=self._tensor([f.noisy_from for f in forwards]),
-            block_size=self._tensor([row.request.state.block_size for row in rows]),
-            keys=max(f.visible_end for f in forwards),
-            read=self._tensor(read).view(-1, 2),
-        )
+        spans: list[RowSpan] = []
+        ids: list[int] = []
+        read: list[int] = []
+        for row in rows:
+            state, forward = row.request.state, row.forward
+            # Under token shift a token is predicted at the position before it, else where it stands.
+            base = len(ids) - forward.start - shift
+            read += [base + candidate for candidate in forward.candidates]
+            ids += [mask_id if token is None else token for token in state.ids[forward.start : forward.end]]
+            spans.append(
+                RowSpan(
+                    slot=row.request.slot or 0,
+                    start=forward.start,
+                    end=forward.end,
+                    visible_end=forward.visible_end,
+                    noisy_from=forward.noisy_from,
+                    block_size=state.block_size,
+                )
+            )
+        return ForwardBatch.build(spans, ids, read, self._backbone.device)
 
     def _choose(self, rows: list[Row], logits: Tensor) -> tuple[Tensor, Tensor]:
         """Token and confidence of every candidate, both [N]."""

@@ -1,6 +1,6 @@
-"""Who runs, and with whom: queues and groups, no tensors."""
+"""Who runs, and with whom: queues and rows, no tensors."""
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable
 
 from fast_dllm.decoding.state import next_forward
@@ -28,20 +28,20 @@ class Scheduler:
             self.waiting.remove(request)
 
 
-def group(requests: Iterable[Request]) -> list[list[Row]]:
-    """Rows that can share a forward: those of equal query length.
+def rows_of(requests: Iterable[Request]) -> list[Row]:
+    """What each request needs now, all of it one forward.
 
-    What a row may look at is per row, so a denoising row and a committing row of one length share a forward too.
+    What a row runs over and may look at is its own, so a prefill, a denoising row and a committing one share it.
 
     Args:
         requests: running ones, each with a slot.
 
     Returns:
-        Groups, rows in order of their slots.
+        In order of (query length, slot).
     """
-    groups: dict[int, list[Row]] = defaultdict(list)
+    rows = []
     for request in requests:
         forward = next_forward(request.state)
         if forward is not None:
-            groups[forward.end - forward.start].append(Row(request, forward))
-    return [sorted(rows, key=lambda row: row.request.slot or 0) for rows in groups.values()]
+            rows.append(Row(request, forward))
+    return sorted(rows, key=lambda row: (row.forward.end - row.forward.start, row.request.slot or 0))

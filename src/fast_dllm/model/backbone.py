@@ -1,39 +1,116 @@
-"""What the engine needs of a model, and nothing about how it is computed."""
+"""What the engine needs of a model, and nothing about how it is computed.
 
+Shape legend: R rows, T positions of all rows together, N logits wanted.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from fast_dllm.cache import KVCache
+from fast_dllm.config import ContextAttention
+from fast_dllm.masks import decode_mask
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """What one row of a forward runs over, and may look at.
+
+    Attributes:
+        slot: of the cache.
+        start: first position.
+        end: end of the positions.
+        visible_end: keys the row may look at end here.
+        noisy_from: start of the row's noisy block; `visible_end` in a clean forward.
+        block_size: D of the row.
+    """
+
+    slot: int
+    start: int
+    end: int
+    visible_end: int
+    noisy_from: int
+    block_size: int
+
+    @property
+    def length(self) -> int:
+        """Positions of the row."""
+        return self.end - self.start
+
+    def sees_everything(self, attention: ContextAttention) -> bool:
+        """Whether each of its positions sees every key before `visible_end`."""
+        if self.noisy_from < self.visible_end:
+            return self.start >= self.noisy_from
+        if attention == "causal":
+            return self.start == self.visible_end - 1
+        return attention == "full" or self.start // self.block_size == (self.visible_end - 1) // self.block_size
 
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """One forward over R rows of Q positions each.
+    """One forward over rows of any lengths, their positions laid end to end.
 
     Attributes:
-        input_ids: int64 [R, Q].
-        positions: int64 [R, Q].
-        slots: int64 [R], ascending.
-        slot_range: the slots as a slice where they lie side by side, else None.
-        visible_end: int64 [R], keys a row may look at end here.
-        noisy_from: int64 [R], start of the row's noisy block; `visible_end` in a clean forward.
-        block_size: int64 [R].
-        keys: largest `visible_end`.
-        read: int64 [N, 2], (row, column) of the hidden states whose logits are wanted.
+        rows: in order of (length, slot), so that those which can share an attention call stand together.
+        input_ids: int64 [T].
+        positions: int64 [T].
+        slots: int64 [T].
+        read: int64 [N], ascending; places in [0, T) of the hidden states whose logits are wanted.
     """
 
+    rows: tuple[RowSpan, ...]
     input_ids: Tensor
     positions: Tensor
     slots: Tensor
-    slot_range: slice | None
-    visible_end: Tensor
-    noisy_from: Tensor
-    block_size: Tensor
-    keys: int
     read: Tensor
+
+    @classmethod
+    def build(
+        cls, rows: Sequence[RowSpan], ids: Sequence[int], read: Sequence[int], device: torch.device | str = "cpu"
+    ) -> Self:
+        """Lay the rows out.
+
+        Args:
+            rows: in order of (length, slot).
+            ids: token ids of all rows, end to end.
+            read: places in `ids` whose logits are wanted, ascending.
+            device: of the model.
+        """
+
+        def tensor(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+
+        return cls(
+            rows=tuple(rows),
+            input_ids=tensor(ids),
+            positions=tensor([position for row in rows for position in range(row.start, row.end)]),
+            slots=tensor([row.slot for row in rows for _ in range(row.length)]),
+            read=tensor(read),
+        )
+
+    def mask(self, first: int, last: int, offset: int, attention: ContextAttention) -> Tensor | None:
+        """Who sees whom in rows [first, last), which have one length.
+
+        Args:
+            first: number of a row.
+            last: end of the rows.
+            offset: place of the first row's first position.
+            attention: context attention of the checkpoint.
+
+        Returns:
+            bool [R, 1, Q, K], K the largest `visible_end`; None where everything is seen.
+        """
+        rows = self.rows[first:last]
+        keys = max(row.visible_end for row in rows)
+        if all(row.visible_end == keys and row.sees_everything(attention) for row in rows):
+            return None
+        bounds = torch.tensor([(row.visible_end, row.noisy_from, row.block_size) for row in rows])
+        visible_end, noisy_from, block_size = bounds.to(self.positions.device, non_blocking=True).unbind(1)
+        positions = self.positions[offset : offset + len(rows) * rows[0].length].view(len(rows), -1)
+        return decode_mask(positions, visible_end, noisy_from, block_size, keys, attention)
 
 
 class Backbone(Protocol):

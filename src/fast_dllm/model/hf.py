@@ -1,5 +1,7 @@
 """Any decoder-only Hugging Face model, through its own modules, over our cache and under our masks."""
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -8,30 +10,35 @@ from transformers import Cache, PreTrainedModel
 
 from fast_dllm.cache import KVCache, LayerShape
 from fast_dllm.config import ContextAttention
-from fast_dllm.masks import decode_mask
-from fast_dllm.model.backbone import ForwardBatch
+from fast_dllm.model.backbone import ForwardBatch, RowSpan
 from fast_dllm.model.forward import head_logits, hidden_states
 
 
 class _SlabCache(Cache):  # type: ignore[misc]
-    """The rows of one forward, in the shape of a transformers cache."""
+    """Rows of one length, in the shape of a transformers cache."""
 
-    def __init__(self, cache: KVCache, batch: ForwardBatch) -> None:
+    def __init__(self, cache: KVCache, slots: Tensor, positions: Tensor, rows: Sequence[RowSpan]) -> None:
         super().__init__(layers=[])
         self._cache = cache
-        self._batch = batch
-        self._rows = batch.slots if batch.slot_range is None else batch.slot_range
+        self._slots = slots
+        self._positions = positions
+        self._keys = max(row.visible_end for row in rows)
+        first, last = rows[0].slot, rows[-1].slot
+        # Slots that lie side by side are read in place; transformers wants one tensor, so others are gathered.
+        side_by_side = last - first == len(rows) - 1
+        self._rows = slice(first, last + 1) if side_by_side else torch.tensor([row.slot for row in rows])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Write this forward's K/V in place; hand back all that the rows hold."""
-        self._cache.write(layer_idx, self._batch.slots, self._batch.positions, key_states, value_states)
-        return self._cache.read(layer_idx, self._rows, self._batch.keys)
+        keys, values = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))
+        self._cache.write(layer_idx, self._slots, self._positions, keys, values)
+        return self._cache.read(layer_idx, self._rows, self._keys)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held; models use it only to guess positions, which we always give."""
-        return self._batch.keys
+        return self._keys
 
 
 class _ShapeProbe(Cache):  # type: ignore[misc]
@@ -92,9 +99,29 @@ class HFBackbone:
         Returns:
             [N, vocabulary], float32 or the model's dtype if wider.
         """
-        mask = decode_mask(
-            batch.positions, batch.visible_end, batch.noisy_from, batch.block_size, batch.keys, self.attention
+        hidden = torch.cat(
+            [self._rows_of_one_length(batch, first, last, offset, cache) for first, last, offset in _by_length(batch)]
         )
-        hidden = hidden_states(self.model, batch.input_ids, batch.positions, mask, _SlabCache(cache, batch))
-        logits = head_logits(self.model, hidden[batch.read[:, 0], batch.read[:, 1]])
+        logits = head_logits(self.model, hidden[batch.read])
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _rows_of_one_length(self, batch: ForwardBatch, first: int, last: int, offset: int, cache: KVCache) -> Tensor:
+        """Hidden states of rows [first, last), laid end to end."""
+        rows = batch.rows[first:last]
+        here = slice(offset, offset + len(rows) * rows[0].length)
+        mask = batch.mask(first, last, offset, self.attention)
+        if mask is None:  # transformers would take none for causal
+            keys = max(row.visible_end for row in rows)
+            mask = torch.ones(len(rows), 1, rows[0].length, keys, dtype=torch.bool, device=self.device)
+        slab = _SlabCache(cache, batch.slots[here], batch.positions[here], rows)
+        ids, positions = (tensor[here].view(len(rows), -1) for tensor in (batch.input_ids, batch.positions))
+        return hidden_states(self.model, ids, positions, mask, slab).flatten(0, 1)
+
+
+def _by_length(batch: ForwardBatch) -> Iterator[tuple[int, int, int]]:
+    """(first row, end of rows, place of the first position) of each run of rows of one length."""
+    first = offset = 0
+    for length, run in groupby(batch.rows, key=lambda row: row.length):
+        last = first + len(list(run))
+        yield first, last, offset
+        first, offset = last, offset + (last - first) * length
