@@ -27,8 +27,8 @@ def confident_model(architecture, dtype=torch.float64):
     return model
 
 
-def backbone(architecture, attention="block", dtype=torch.float64):
-    return HFBackbone(confident_model(architecture, dtype), attention)
+def backbone(architecture, attention="block", dtype=torch.float64, kind=HFBackbone):
+    return kind(confident_model(architecture, dtype), attention)
 
 
 def tokens(seed, length):
@@ -52,8 +52,8 @@ class Case:
         return reference_generate(logits_of, self.prompt, self.config, self.decoding, STOPS)
 
 
-def decode(case, prompts, decodings, **settings):
-    model = backbone(case.architecture, case.config.context_attention)
+def decode(case, prompts, decodings, kind=HFBackbone, **settings):
+    model = backbone(case.architecture, case.config.context_attention, kind=kind)
     return generate_batch(model, case.config, prompts, decodings, STOPS, **settings)
 
 

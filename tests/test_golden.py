@@ -16,6 +16,7 @@ from fast_dllm.masks import dense_mask, sequence_tokens
 from fast_dllm.model.backbone import ForwardBatch, RowSpan
 from fast_dllm.model.forward import head_logits, hidden_states
 from fast_dllm.model.hf import HFBackbone
+from fast_dllm.model.native import NativeBackbone
 from fast_dllm.noise import draw_views
 from fast_dllm.objective import lay_out
 from fast_dllm.training.trainer import with_training_forward, without_training_forward
@@ -41,9 +42,12 @@ def golden_checkpoint(name):
     return load_checkpoint(GOLDEN / name, mask_token_id=golden_cases(name)["mask_id"])
 
 
-def golden_backbone(name):
+def golden_backbone(name, kind):
     checkpoint = golden_checkpoint(name)
-    return HFBackbone(checkpoint.model, checkpoint.config.context_attention, checkpoint.max_length)
+    return kind(checkpoint.model, checkpoint.config.context_attention, checkpoint.max_length)
+
+
+both_backbones = pytest.mark.parametrize("kind", [HFBackbone, NativeBackbone])
 
 
 def case_ids(key, wanted):
@@ -72,9 +76,10 @@ def test_logits_of_one_forward(name):
 
 @needs_golden
 @both_models
-def test_logits_over_the_cache(name):
+@both_backbones
+def test_logits_over_the_cache(name, kind):
     """Prefill, block, two sub-blocks and commit, one after another on one slot."""
-    tensors, backbone = golden_tensors(name), golden_backbone(name)
+    tensors, backbone = golden_tensors(name), golden_backbone(name, kind)
     slab = backbone.new_cache(1, 96)
 
     def logits(ids, start, end, *, noisy, rows):
@@ -114,12 +119,13 @@ GENERATED = [
 
 @needs_golden
 @pytest.mark.parametrize(("name", "key", "number"), GENERATED)
-def test_generated_ids_and_forwards(name, key, number):
+@both_backbones
+def test_generated_ids_and_forwards(name, key, number, kind):
     case = golden_cases(name)[key][number]
     # The published code rounds its limit to blocks; ours is exact.
     changes = {"max_new_tokens": case["new_tokens"]} if case["finish"] == "length" else {}
     result = generate_batch(
-        golden_backbone(name), golden_checkpoint(name).config, [case["prompt_ids"]], settings_of(case, **changes)
+        golden_backbone(name, kind), golden_checkpoint(name).config, [case["prompt_ids"]], settings_of(case, **changes)
     )
     assert result.sequences == [case["output_ids"]]
     assert result.finish == ["stop" if case["output_ids"][-1] == case["stop_token"] else "length"]
@@ -143,7 +149,8 @@ RAGGED = case_ids(
 
 @needs_golden
 @pytest.mark.parametrize(("name", "number"), RAGGED)
-def test_ids_of_ragged_batches(name, number):
+@both_backbones
+def test_ids_of_ragged_batches(name, number, kind):
     case = golden_cases(name)["batch_sample"][number]
     prompts = [row[:length] for row, length in zip(case["input_ids"], case["seq_len"], strict=True)]
     recorded = [_without_padding(row, case["pad_token_id"]) for row in case["trimmed_rows"]]
@@ -151,7 +158,7 @@ def test_ids_of_ragged_batches(name, number):
         settings_of(case, max_new_tokens=max(1, len(row) - len(prompt)))
         for row, prompt in zip(recorded, prompts, strict=True)
     ]
-    result = generate_batch(golden_backbone(name), golden_checkpoint(name).config, prompts, decodings)
+    result = generate_batch(golden_backbone(name, kind), golden_checkpoint(name).config, prompts, decodings)
     assert result.sequences == recorded
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast_dllm.masks import CLEAN, NOWHERE, Tokens, decode_mask, dense_mask, flex_mask, sequence_tokens, visible
+from fast_dllm.masks import CLEAN, NOWHERE, Tokens, dense_mask, flex_mask, sequence_tokens, visible, visible_ends
 
 ATTENTIONS = ("block", "causal", "full")
 
@@ -91,20 +91,21 @@ def test_training_mask_is_the_table(attention):
     assert torch.equal(dense_mask(training_tokens(), attention)[0, 0], table(TRAINING[attention]))
 
 
+def decoding_mask(start, end, keys, attention, **row):
+    ends = visible_ends(start, end, attention=attention, **row)
+    return torch.arange(keys) < torch.tensor(ends)[:, None]
+
+
 @pytest.mark.parametrize("attention", DECODING)
 def test_decoding_mask_is_the_table(attention):
     expected = torch.tensor([[cell == "1" for cell in f"{row}.."] for row in DECODING[attention].split()])
-    mask = decode_mask(
-        torch.arange(6)[None], torch.tensor([6]), torch.tensor([4]), torch.tensor([2]), keys=8, attention=attention
-    )
-    assert torch.equal(mask[0, 0], expected)
+    mask = decoding_mask(0, 6, 8, attention, visible_end=6, noisy_from=4, block_size=2)
+    assert torch.equal(mask, expected)
 
 
 def test_decoding_mask_of_a_full_attention_canvas_shows_all_of_it():
-    mask = decode_mask(
-        torch.arange(2, 4)[None], torch.tensor([6]), torch.tensor([0]), torch.tensor([6]), keys=8, attention="full"
-    )
-    assert mask[0, 0].tolist() == [[True] * 6 + [False] * 2] * 2
+    mask = decoding_mask(2, 4, 8, "full", visible_end=6, noisy_from=0, block_size=6)
+    assert mask.tolist() == [[True] * 6 + [False] * 2] * 2
 
 
 def naive_visible(query, key, attention):
@@ -156,24 +157,19 @@ def test_flex_block_mask_skips_no_pair_that_is_visible(attention):
 
 
 @settings(max_examples=60)
-@given(
-    st.sampled_from(["block", "causal"]),
-    st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(0, 4), st.booleans()), min_size=1, max_size=4),
-)
-def test_decoding_mask_equals_the_dense_mask_row_by_row(attention, rows):
-    """Ragged rows of different block sizes, each with so many committed blocks and, perhaps, a noisy one."""
-    committed = [size * blocks for size, blocks, _ in rows]
-    ends = [start + size for start, (size, _, _) in zip(committed, rows, strict=True)]
-    noisy_from = [start if noisy else end for start, end, (*_, noisy) in zip(committed, ends, rows, strict=True)]
-    keys = max(ends)
-    positions = torch.arange(keys).expand(len(rows), -1)
-    sizes = [size for size, _, _ in rows]
-    mask = decode_mask(positions, torch.tensor(ends), torch.tensor(noisy_from), torch.tensor(sizes), keys, attention)
-    for r, (size, end, start) in enumerate(zip(sizes, ends, noisy_from, strict=True)):
-        tokens = sequence_tokens(torch.arange(end)[None], size)
-        tokens = tokens._replace(stream=(tokens.place >= start).long())
-        assert torch.equal(mask[r, 0, :end, :end], dense_mask(tokens, attention)[0, 0])
-        assert not mask[r, 0, :end, end:].any()
+@given(st.sampled_from(ATTENTIONS), st.sampled_from([1, 2, 4, 8]), st.integers(0, 4), st.booleans(), st.data())
+def test_decoding_mask_equals_the_dense_mask(attention, size, blocks, noisy, data):
+    """So many committed blocks and one more, noisy or about to be committed, seen from some of their positions."""
+    if attention == "full" and noisy:
+        blocks = 0  # the canvas is the noisy block
+    end = size * (blocks + 1)
+    noisy_from = size * blocks if noisy else end
+    start = data.draw(st.integers(0, end - 1))
+    tokens = sequence_tokens(torch.arange(end)[None], size)
+    tokens = tokens._replace(stream=(tokens.place >= noisy_from).long())
+    mask = decoding_mask(start, end, end + 3, attention, visible_end=end, noisy_from=noisy_from, block_size=size)
+    assert torch.equal(mask[:, :end], dense_mask(tokens, attention)[0, 0, start:])
+    assert not mask[:, end:].any()
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -17,12 +17,15 @@ from fast_dllm.masks import dense_mask, sequence_tokens
 from fast_dllm.model.backbone import Backbone
 from fast_dllm.model.forward import head_logits, hidden_states
 from fast_dllm.model.hf import HFBackbone
+from fast_dllm.model.native import NativeBackbone
+from fast_dllm.model.weights import unknown_to_native
 from fast_dllm.streaming import Reply, TextEvent, TextStream
 from fast_dllm.text import ChatText
 
 __all__ = ["BlockDiffusionLM", "GenerateResult", "Messages", "Mode", "Prompt", "Reply", "TextEvent", "TextStream"]
 
 Mode = Literal["diffusion", "ar"]
+BackboneName = Literal["auto", "native", "hf"]
 Messages = Sequence[Mapping[str, str]]
 Prompt = Sequence[int] | Messages
 
@@ -41,11 +44,7 @@ class BlockDiffusionLM:
         self.checkpoint = checkpoint
         self.config: BlockDiffusionConfig = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
-        self.backbone: Backbone = (
-            HFBackbone(checkpoint.model, self.config.context_attention, checkpoint.max_length)
-            if backbone is None
-            else backbone
-        )
+        self.backbone: Backbone = make_backbone(checkpoint) if backbone is None else backbone
         self._text = None if self.tokenizer is None else ChatText(self.tokenizer)
 
     @classmethod
@@ -54,7 +53,7 @@ class BlockDiffusionLM:
         source: str | Path,
         *,
         dtype: str | torch.dtype | None = None,
-        backbone: Literal["auto", "hf"] = "auto",
+        backbone: BackboneName = "auto",
         device: str | torch.device | None = None,
         mask_token_id: int | None = None,
         block_size: int | None = None,
@@ -68,8 +67,10 @@ class BlockDiffusionLM:
         Args:
             source: a Hugging Face directory or hub id, a GGUF file, an adapted checkpoint, a LoRA adapter, or
                 "smollm2" (the model in the box) or "smollm2-base".
-            dtype: "float32", "bfloat16", "float16"; None takes the stored one.
-            backbone: "hf" runs transformers' own modules; "auto" takes the fastest one that knows the model.
+            dtype: "float32", "bfloat16", "float16"; None takes the stored one. "int8" quantises the linear layers
+                (a scale per output, and per position) and needs the native backbone.
+            backbone: "hf" runs transformers' own modules, "native" a lean forward for the Llama family; "auto" takes
+                the native one where it knows the model (`fast-dllm info` says why where it does not).
             device: where to run; None takes an accelerator if there is one.
             mask_token_id: for checkpoints that do not name their mask token.
             block_size: overrides the checkpoint's.
@@ -81,11 +82,12 @@ class BlockDiffusionLM:
         Raises:
             FastDLLMError: when the checkpoint is missing, broken or unknown.
         """
-        if backbone not in ("auto", "hf"):
-            raise FastDLLMError(f"backbone={backbone!r}: must be 'auto' or 'hf'")
+        if backbone not in get_args(BackboneName):
+            raise FastDLLMError(f"backbone={backbone!r}: must be 'auto', 'native' or 'hf'")
+        int8 = dtype == "int8"
         checkpoint = load_checkpoint(
             source,
-            dtype=dtype,
+            dtype=None if int8 else dtype,
             mask_token_id=mask_token_id,
             block_size=block_size,
             token_shift=token_shift,
@@ -94,7 +96,7 @@ class BlockDiffusionLM:
             trust_remote_code=trust_remote_code,
         )
         checkpoint.model.to(_default_device() if device is None else device)
-        return cls(checkpoint)
+        return cls(checkpoint, make_backbone(checkpoint, backbone, int8=int8))
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> CausalLMOutput:
@@ -247,6 +249,30 @@ class BlockDiffusionLM:
                     raise FastDLLMError(
                         f"prompt {number}: token id {token!r} is not in the vocabulary; ids run from 0 to {rows - 1}"
                     )
+
+
+def why_not_native(checkpoint: Checkpoint) -> str | None:
+    """Why `backbone="auto"` runs a checkpoint through transformers' own modules; None if it does not."""
+    return unknown_to_native(checkpoint.model)
+
+
+def make_backbone(checkpoint: Checkpoint, name: BackboneName = "auto", *, int8: bool = False) -> Backbone:
+    """A backbone for a checkpoint.
+
+    Args:
+        checkpoint: loaded, on its device.
+        name: as for `BlockDiffusionLM.from_pretrained`.
+        int8: quantise the linear layers.
+
+    Raises:
+        FastDLLMError: when the native backbone is needed and does not know the model.
+    """
+    model, attention = checkpoint.model, checkpoint.config.context_attention
+    if int8 and name == "hf":
+        raise FastDLLMError("dtype='int8' needs the native backbone; leave out backbone='hf'")
+    if name == "native" or int8 or (name == "auto" and why_not_native(checkpoint) is None):
+        return NativeBackbone(model, attention, checkpoint.max_length, precision="int8" if int8 else "dense")
+    return HFBackbone(model, attention, checkpoint.max_length)
 
 
 def _default_device() -> torch.device:

@@ -1,6 +1,6 @@
 """Who attends to whom: one predicate, and its dense, `flex_attention` and decoding forms.
 
-Shape legend: B rows, T tokens of a training sequence, Q queries, K keys.
+Shape legend: B rows, T tokens of a training sequence.
 """
 
 from typing import NamedTuple
@@ -111,36 +111,29 @@ def sequence_tokens(positions: Tensor, block_size: int) -> Tokens:
     return Tokens(stream=zero + CLEAN, block=positions // block_size, place=positions, document=zero)
 
 
-def decode_mask(
-    positions: Tensor,
-    visible_end: Tensor,
-    noisy_from: Tensor,
-    block_size: Tensor,
-    keys: int,
-    attention: ContextAttention,
-) -> Tensor:
-    """Mask of a decoding forward over the cache, per row.
+def visible_ends(
+    start: int, end: int, *, visible_end: int, noisy_from: int, block_size: int, attention: ContextAttention
+) -> list[int]:
+    """Who sees whom in a decoding forward over the cache: positions [start, end) see the keys before these ends.
 
-    A row's cache holds final tokens before `noisy_from` and one noisy block from there on. Rows differ in all
-    of it, block size too, since a batch may mix requests.
+    A slot holds final tokens before `noisy_from`, and one noisy block from there on. Under every context attention
+    what a position sees of that is a prefix, so an end per position says it all.
 
     Args:
-        positions: int64 [B, Q], where the queries stand.
-        visible_end: int64 [B], end of what the row has written; keys from there on are another request's.
-        noisy_from: int64 [B], where the noisy block starts; `visible_end` where there is none.
-        block_size: int64 [B], D.
-        keys: K, cached positions looked at.
+        start: first position that looks.
+        end: end of the positions.
+        visible_end: end of what the slot holds.
+        noisy_from: where the noisy block starts; `visible_end` where there is none.
+        block_size: D.
         attention: who sees whom among clean tokens.
 
     Returns:
-        bool [B, 1, Q, K].
+        One end per position.
     """
-    places = torch.arange(keys, device=positions.device)[None, None, :]
-    here = positions[:, :, None]
-    noisy_from, size = noisy_from[:, None, None], block_size[:, None, None]
-    written = (places < visible_end[:, None, None]).long() - 1
 
-    def tokens(place: Tensor, document: Tensor) -> Tokens:
-        return Tokens((place >= noisy_from).long(), place // size, place, document)
+    def clean_end(position: int) -> int:
+        if attention == "causal":
+            return position + 1
+        return min((position // block_size + 1) * block_size, noisy_from) if attention == "block" else noisy_from
 
-    return visible(tokens(here, torch.zeros_like(here)), tokens(places, written), attention)[:, None]
+    return [clean_end(position) if position < noisy_from else visible_end for position in range(start, end)]

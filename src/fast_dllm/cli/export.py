@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from fast_dllm.cli.options import BaseOption, DtypeOption, ModelArgument
+from fast_dllm.cli.options import BaseOption, StoredDtypeOption, ModelArgument
 
 
 def export(
     model: ModelArgument,
     *,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The new directory.", show_default=False)],
-    dtype: DtypeOption = None,
+    dtype: StoredDtypeOption = None,
     base: BaseOption = None,
 ) -> None:
     """Write a model for plain transformers.

@@ -34,6 +34,8 @@ def info(
 
 
 def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
+    from fast_dllm.api import why_not_native
+
     model, config = checkpoint.model, checkpoint.config
     text_config = model.config.get_text_config()
     facts: dict[str, Any] = {
@@ -48,6 +50,7 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
         "context_attention": config.context_attention,
         "stop_tokens": [_token(checkpoint, token) for token in checkpoint.stop_token_ids],
         "max_length": checkpoint.max_length,
+        "backbone": "native" if (why := why_not_native(checkpoint)) is None else f"hf: {why}",
         "dtype": str(model.dtype).removeprefix("torch."),
         "fingerprint": checkpoint.fingerprint,
     }

@@ -28,6 +28,9 @@ StopOption = Annotated[
     typer.Option("--stop", metavar="STRING", help="End an answer before this text; may be given several times."),
 ]
 DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16, float16 or int8; the stored one by default.")
+]
+StoredDtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the stored one by default.")
 ]
 MaskOption = Annotated[

@@ -3,7 +3,7 @@
 Shape legend: R rows, T positions of all rows together, N logits wanted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fast_dllm.cache import KVCache
 from fast_dllm.config import ContextAttention
-from fast_dllm.masks import decode_mask
+from fast_dllm.masks import visible_ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,16 @@ class RowSpan:
         """Positions of the row."""
         return self.end - self.start
 
-    def sees_everything(self, attention: ContextAttention) -> bool:
-        """Whether each of its positions sees every key before `visible_end`."""
-        if self.noisy_from < self.visible_end:
-            return self.start >= self.noisy_from
-        if attention == "causal":
-            return self.start == self.visible_end - 1
-        return attention == "full" or self.start // self.block_size == (self.visible_end - 1) // self.block_size
+    def visible_ends(self, attention: ContextAttention) -> list[int]:
+        """For each position, the end of the keys it sees (`masks.visible_ends`)."""
+        return visible_ends(
+            self.start,
+            self.end,
+            visible_end=self.visible_end,
+            noisy_from=self.noisy_from,
+            block_size=self.block_size,
+            attention=attention,
+        )
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,32 @@ class ForwardBatch:
             read=tensor(read),
         )
 
-    def mask(self, first: int, last: int, offset: int, attention: ContextAttention) -> Tensor | None:
+    def runs(self, *, side_by_side: bool) -> Iterator[tuple[int, int, int]]:
+        """Runs of rows of one length.
+
+        Args:
+            side_by_side: end a run where slots do not follow one another.
+
+        Returns:
+            (first row, end of rows, place of the first position) of each.
+        """
+        first = offset = 0
+        for number, row in enumerate(self.rows):
+            ends_here = number + 1 == len(self.rows)
+            if not ends_here:
+                after = self.rows[number + 1]
+                ends_here = after.length != row.length or (side_by_side and after.slot != row.slot + 1)
+            if ends_here:
+                yield first, number + 1, offset
+                offset += (number + 1 - first) * row.length
+                first = number + 1
+
+    def mask(self, first: int, last: int, attention: ContextAttention) -> Tensor | None:
         """Who sees whom in rows [first, last), which have one length.
 
         Args:
             first: number of a row.
             last: end of the rows.
-            offset: place of the first row's first position.
             attention: context attention of the checkpoint.
 
         Returns:
@@ -105,12 +127,11 @@ class ForwardBatch:
         """
         rows = self.rows[first:last]
         keys = max(row.visible_end for row in rows)
-        if all(row.visible_end == keys and row.sees_everything(attention) for row in rows):
+        ends = [row.visible_ends(attention) for row in rows]
+        if all(end == keys for row in ends for end in row):
             return None
-        bounds = torch.tensor([(row.visible_end, row.noisy_from, row.block_size) for row in rows])
-        visible_end, noisy_from, block_size = bounds.to(self.positions.device, non_blocking=True).unbind(1)
-        positions = self.positions[offset : offset + len(rows) * rows[0].length].view(len(rows), -1)
-        return decode_mask(positions, visible_end, noisy_from, block_size, keys, attention)
+        limit = torch.tensor(ends).to(self.positions.device, non_blocking=True)
+        return torch.arange(keys, device=self.positions.device) < limit[:, None, :, None]
 
 
 class Backbone(Protocol):

@@ -1,7 +1,6 @@
 """Any decoder-only Hugging Face model, through its own modules, over our cache and under our masks."""
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -99,9 +98,7 @@ class HFBackbone:
         Returns:
             [N, vocabulary], float32 or the model's dtype if wider.
         """
-        hidden = torch.cat(
-            [self._rows_of_one_length(batch, first, last, offset, cache) for first, last, offset in _by_length(batch)]
-        )
+        hidden = torch.cat([self._rows_of_one_length(batch, *run, cache) for run in batch.runs(side_by_side=False)])
         logits = head_logits(self.model, hidden[batch.read])
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -109,19 +106,10 @@ class HFBackbone:
         """Hidden states of rows [first, last), laid end to end."""
         rows = batch.rows[first:last]
         here = slice(offset, offset + len(rows) * rows[0].length)
-        mask = batch.mask(first, last, offset, self.attention)
+        mask = batch.mask(first, last, self.attention)
         if mask is None:  # transformers would take none for causal
             keys = max(row.visible_end for row in rows)
             mask = torch.ones(len(rows), 1, rows[0].length, keys, dtype=torch.bool, device=self.device)
         slab = _SlabCache(cache, batch.slots[here], batch.positions[here], rows)
         ids, positions = (tensor[here].view(len(rows), -1) for tensor in (batch.input_ids, batch.positions))
         return hidden_states(self.model, ids, positions, mask, slab).flatten(0, 1)
-
-
-def _by_length(batch: ForwardBatch) -> Iterator[tuple[int, int, int]]:
-    """(first row, end of rows, place of the first position) of each run of rows of one length."""
-    first = offset = 0
-    for length, run in groupby(batch.rows, key=lambda row: row.length):
-        last = first + len(list(run))
-        yield first, last, offset
-        first, offset = last, offset + (last - first) * length

@@ -1,0 +1,82 @@
+"""Compiles `kernels.cpp` for this machine, once, and loads it."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+# No -ffast-math: the order of sums is part of what a row's result is.
+_FLAGS = "-O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -std=c++17 -fPIC -shared -fopenmp"
+_KINDS = {"int8": 1, "bfloat16": 2}
+
+
+@cache
+def load_kernels() -> ctypes.CDLL:
+    """The compiled kernels; compiles them if this machine has not yet (a few seconds).
+
+    The library goes to `$XDG_CACHE_HOME/fast-dllm` (`~/.cache/fast-dllm`), named after all that went into it.
+
+    Raises:
+        OSError: when there is no compiler, or it fails; the message is one line.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise OSError("no C++ compiler found (install g++, or name one in CXX)")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = [_SOURCE.read_text(encoding="utf-8"), _FLAGS, version, _processor(), torch.__version__]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    library = _cache_directory() / f"kernels-{digest}.so"
+    if not library.exists():
+        _compile(compiler, library)
+    return ctypes.CDLL(str(library))
+
+
+@cache
+def why_no_kernels(kind: str) -> str | None:
+    """Why our kernels cannot run here; None if they can.
+
+    Args:
+        kind: "int8" or "bfloat16".
+    """
+    if platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "this CPU has no AVX-512"
+    try:
+        kinds: int = load_kernels().fast_dllm_kinds()
+    except OSError as error:
+        return str(error)
+    return None if kinds & _KINDS[kind] else f"this CPU has no AVX-512 instructions for {kind}"
+
+
+def _compile(compiler: str, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        made = Path(scratch) / library.name
+        # torch brings its own OpenMP under the usual name: linked by name, the kernels share its threads.
+        command = [compiler, *_FLAGS.split(), str(_SOURCE), "-o", str(made)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode != 0:
+            complaint = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr[:200])
+            raise OSError(f"{compiler} could not compile the CPU kernels: {complaint.strip()}")
+        made.replace(library)
+
+
+def _cache_directory() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "fast-dllm"
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))

@@ -1,0 +1,136 @@
+"""A lean forward for the Llama family: Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3.
+
+One forward for all of them: QKV bias, QK norm, tied embeddings and RoPE variants are data. Positions of all rows run
+through the linear layers together; only attention looks at rows. How a step is computed is its backend's affair:
+torch, or our own CPU kernels.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fast_dllm.cache import KVCache, LayerShape
+from fast_dllm.config import ContextAttention
+from fast_dllm.errors import FastDLLMError
+from fast_dllm.model.backbone import ForwardBatch
+from fast_dllm.model.cpu_ops import HEAD_DIMS, CpuOps
+from fast_dllm.model.kernels import why_no_kernels
+from fast_dllm.model.linear import Precision
+from fast_dllm.model.torch_ops import TorchOps
+from fast_dllm.model.weights import Shape, read_shape, read_weights, unknown_to_native
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Kernels = Literal["auto", "torch", "own"]
+
+
+class NativeBackbone:
+    """`Backbone` over the weights of a transformers model, without its modules.
+
+    Attributes:
+        attention: context attention of the checkpoint.
+        max_length: longest sequence, in tokens.
+        kernels: what computes it, in a few words.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        attention: ContextAttention,
+        max_length: int | None = None,
+        *,
+        precision: Precision = "dense",
+        kernels: Kernels = "auto",
+    ) -> None:
+        """Take a model's weights.
+
+        Args:
+            model: one that `unknown_to_native` accepts, in eval mode.
+            attention: context attention of the checkpoint.
+            max_length: longest sequence, in tokens.
+            precision: "int8" quantises the linear layers; "dense" keeps the model's dtype.
+            kernels: "own" takes our CPU kernels (int8 and bfloat16), "torch" torch's; "auto" our own where they run.
+
+        Raises:
+            FastDLLMError: for a model that it does not know, or when the precision has no kernel on its device.
+        """
+        if (why := unknown_to_native(model)) is not None:
+            raise FastDLLMError(f"the native backbone cannot run this model: {why}; use backbone='hf'")
+        self.attention: ContextAttention = attention
+        self.max_length = max_length
+        shape = read_shape(model, model.dtype)
+        why_not = _why_not_own(model, shape, precision)
+        if kernels == "own" and why_not is not None:
+            raise FastDLLMError(f"our CPU kernels cannot run this model: {why_not}; use kernels='torch'")
+        own = kernels != "torch" and why_not is None
+        if own or precision == "int8":
+            shape = read_shape(model, torch.float32)
+        self.kernels = "own CPU kernels" if own else f"torch ({why_not or 'as asked'})"
+        self.shape = shape
+        self._ops: Any = (
+            CpuOps(shape, attention, int8=precision == "int8") if own else TorchOps(shape, attention, precision)
+        )
+        self._weights = read_weights(model, shape.dtype, self._ops.make_linear)
+        self._rotary = model.model.rotary_emb
+        self._cos = self._sin = torch.empty(0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._weights.embedding.device
+
+    def new_cache(self, slots: int, max_length: int) -> KVCache:
+        """Allocate a slab: [slots, kv_heads, max_length, head_dim] per layer."""
+        shape = self.shape
+        if max_length > len(self._cos):
+            self._tabulate_rope(max_length)
+        layers = [LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
+        return KVCache(layers, slots, max_length, dtype=self._ops.cache_dtype, device=self.device)
+
+    @torch.inference_mode()
+    def _tabulate_rope(self, length: int) -> None:
+        positions = torch.arange(length, device=self.device)[None]
+        tables = self._rotary(self._weights.embedding[:1, None], positions)
+        # Half of each table repeats the other half.
+        self._cos, self._sin = (table[0, :, : table.shape[-1] // 2].contiguous() for table in tables)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Run the rows (see `Backbone.forward`).
+
+        Returns:
+            [N, vocabulary], float32 or the model's dtype if wider.
+        """
+        ops, weights = self._ops, self._weights
+        plan = ops.plan(batch, cache, self._cos, self._sin)
+        hidden = F.embedding(batch.input_ids, weights.embedding)
+        last = len(weights.layers) - 1
+        for number, layer in enumerate(weights.layers):
+            fused = ops.linear(layer.qkv, hidden, layer.attention_norm)
+            queries = ops.store(fused, layer, number, plan)
+            if number == last and not len(batch.read):
+                return hidden.new_empty(0, self.shape.vocabulary)
+            attended = ops.attend(queries, number, plan)
+            if number == last:
+                # Nothing behind the last layer's K/V depends on positions that nobody reads.
+                attended, hidden = attended[batch.read], hidden[batch.read]
+            ops.add_linear(layer.out, attended, hidden)
+            gate_up = ops.linear(layer.gate_up, hidden, layer.mlp_norm)
+            ops.add_linear(layer.down, gate_up, hidden, gated=True)
+        logits: Tensor = ops.linear(weights.head, hidden, weights.final_norm)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _why_not_own(model: "PreTrainedModel", shape: Shape, precision: Precision) -> str | None:
+    if model.device.type != "cpu":
+        return f"it is on {model.device.type}"
+    if shape.head_dim not in HEAD_DIMS:
+        return f"heads {shape.head_dim} wide are not among {', '.join(map(str, HEAD_DIMS))}"
+    if precision == "int8":
+        return why_no_kernels("int8")
+    if model.dtype != torch.bfloat16:
+        return f"they compute in int8 or bfloat16, not {str(model.dtype).removeprefix('torch.')}"
+    return why_no_kernels("bfloat16")

@@ -1,0 +1,145 @@
+"""The steps of a native forward in torch: any device, any dtype.
+
+Shape legend: T positions of all rows, R rows of a group, Q positions of a row, K keys, H hidden width, I and O inputs
+and outputs of a linear layer, G query heads per K/V head, E width of a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fast_dllm.cache import KVCache
+from fast_dllm.config import ContextAttention
+from fast_dllm.model.backbone import ForwardBatch
+from fast_dllm.model.linear import Linear, Precision, make_linear
+from fast_dllm.model.weights import LayerWeights, Shape
+
+
+@dataclass(frozen=True)
+class _AttentionGroup:
+    """Rows of one length whose slots lie side by side: one attention call on a view of the slab.
+
+    Attributes:
+        places: of the rows' positions in the batch.
+        rows: R.
+        slots: of the slab.
+        keys: K.
+        mask: additive, [R, 1, G * Q, K]; None where everything is seen.
+    """
+
+    places: slice
+    rows: int
+    slots: slice
+    keys: int
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all layers of a forward share; cos is [T, 1, E], sin [T, 1, E / 2] (its halves are equal)."""
+
+    batch: ForwardBatch
+    cache: KVCache
+    groups: list[_AttentionGroup]
+    cos: Tensor
+    sin: Tensor
+
+
+class TorchOps:
+    """Linear layers, RoPE and attention with torch's kernels."""
+
+    def __init__(self, shape: Shape, attention: ContextAttention, precision: Precision) -> None:
+        """Choose the kernels.
+
+        Args:
+            shape: of the model.
+            attention: context attention of the checkpoint.
+            precision: of the linear layers.
+        """
+        self._shape = shape
+        self._attention: ContextAttention = attention
+        self._precision: Precision = precision
+        self.cache_dtype = shape.dtype
+
+    def make_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """A layer from weights [O, I] and bias [O]."""
+        return make_linear(weight, bias, self._precision)
+
+    def plan(self, batch: ForwardBatch, cache: KVCache, cos: Tensor, sin: Tensor) -> _Plan:
+        """Prepare a forward; `cos` and `sin` are [positions, E / 2]."""
+        cos, sin = cos[batch.positions, None], sin[batch.positions, None]
+        return _Plan(batch, cache, self._groups(batch), torch.cat([cos, cos], dim=-1), sin)
+
+    def linear(self, layer: Linear, hidden: Tensor, norm: Tensor) -> Tensor:
+        """A layer over normalised [T, I]: [T, O]."""
+        return layer(self._norm(hidden, norm))
+
+    def add_linear(self, layer: Linear, inputs: Tensor, hidden: Tensor, *, gated: bool = False) -> None:
+        """Add a layer's output to `hidden` [T, O]; gated inputs are [gate | up], of which silu(gate) * up is taken."""
+        if gated:
+            gate, up = inputs.chunk(2, dim=-1)
+            inputs = F.silu(gate).mul_(up)
+        hidden.add_(layer(inputs))
+
+    def store(self, fused: Tensor, layer: LayerWeights, number: int, plan: _Plan) -> Tensor:
+        """Write keys and values of [queries | keys | values] to the slab; the queries, rotated: [T, heads, E]."""
+        shape = self._shape
+        parts = fused.view(len(fused), -1, shape.head_dim)
+        rotated, values = parts.split([shape.query_heads + shape.kv_heads, shape.kv_heads], dim=1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries, keys = rotated.split([shape.query_heads, shape.kv_heads], dim=1)
+            rotated = torch.cat([self._norm(queries, layer.query_norm), self._norm(keys, layer.key_norm)], dim=1)
+        rotated = _rotate(rotated, plan.cos, plan.sin)
+        plan.cache.write(number, plan.batch.slots, plan.batch.positions, rotated[:, shape.query_heads :], values)
+        return rotated[:, : shape.query_heads]
+
+    def attend(self, queries: Tensor, number: int, plan: _Plan) -> Tensor:
+        """Attention of every row over its slot: [T, heads * E]."""
+        kv_heads, width = self._shape.kv_heads, self._shape.head_dim
+        attended = []
+        for group in plan.groups:
+            # The G query heads of a K/V head are further queries to it: no K/V is repeated.
+            of_group = queries[group.places].view(group.rows, -1, kv_heads, queries.shape[1] // kv_heads, width)
+            folded = of_group.permute(0, 2, 3, 1, 4).reshape(group.rows, kv_heads, -1, width)
+            keys, values = plan.cache.read(number, group.slots, group.keys)
+            output = F.scaled_dot_product_attention(folded, keys, values, attn_mask=group.mask)
+            unfolded = output.view(group.rows, kv_heads, -1, of_group.shape[1], width).permute(0, 3, 1, 2, 4)
+            attended.append(unfolded.reshape(group.rows * of_group.shape[1], -1))
+        return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+    def _norm(self, values: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(values, weight.shape, weight, self._shape.norm_epsilon)
+
+    def _groups(self, batch: ForwardBatch) -> list[_AttentionGroup]:
+        share = self._shape.query_heads // self._shape.kv_heads
+        groups = []
+        for first, last, offset in batch.runs(side_by_side=True):
+            rows = batch.rows[first:last]
+            seen = batch.mask(first, last, self._attention)
+            groups.append(
+                _AttentionGroup(
+                    places=slice(offset, offset + len(rows) * rows[0].length),
+                    rows=len(rows),
+                    slots=slice(rows[0].slot, rows[-1].slot + 1),
+                    keys=max(row.visible_end for row in rows),
+                    mask=None if seen is None else _additive(seen, self._shape.dtype).repeat(1, 1, share, 1),
+                )
+            )
+        return groups
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    # SDPA would turn a boolean mask into this one in every layer.
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def _rotate(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on [T, heads, E]."""
+    first, second = values.chunk(2, dim=-1)
+    rotated = values * cos
+    rotated_first, rotated_second = rotated.chunk(2, dim=-1)
+    rotated_first.addcmul_(second, sin, value=-1)
+    rotated_second.addcmul_(first, sin)
+    return rotated
