@@ -1,4 +1,4 @@
-// Decoding kernels for x86 CPUs with AVX-512 VNNI (int8) or BF16. Plain C interface: Python calls it with pointers.
+// Decoding kernels for x86 CPUs with AVX-512; int8 needs VNNI too. Plain C interface: Python calls it with pointers.
 //
 // Activations are float32. Weights are int8 (a scale per output) or bfloat16; keys and values are bfloat16.
 // Every result for a position depends on that position's inputs alone, in an order that the number of positions and
@@ -66,17 +66,21 @@ inline Floats exponential(Floats x) {
 #ifdef __AVX512VNNI__
 struct Int8 {
   typedef __m512i Sum;
-  static constexpr int kPerUnit = 4;
+  typedef int32_t Input;  // a unit
+  static constexpr int kPerUnit = 4, kInputsPerUnit = 1;
   static Sum zero() { return _mm512_setzero_si512(); }
   // Weights are stored plus 128, since the instruction wants one unsigned side; `undo` takes that out again.
-  static Sum dot(Sum acc, __m512i weights, int32_t inputs) {
-    return _mm512_dpbusd_epi32(acc, weights, _mm512_set1_epi32(inputs));
+  template <int rows>
+  static void step(Sum (&acc)[rows][kVectors], const __m512i* weights, const Input* inputs, int stride) {
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], weights[v], _mm512_set1_epi32(inputs[r * stride]));
   }
   static __m512 result(Sum acc, int32_t undo) {
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(acc, _mm512_set1_epi32(undo)));
   }
-  // Returns the scale; writes the inputs in units, and what `result` has to undo.
-  static float quantise(const float* values, int count, int32_t* units, int32_t* undo) {
+  // Writes the inputs in units, and what `result` has to undo; returns the scale.
+  static float convert(const float* values, int count, Input* units, int32_t* undo) {
     __m512 most = _mm512_set1_ps(1e-30f);
     for (int i = 0; i < count; i += kLanes) most = _mm512_max_ps(most, _mm512_abs_ps(load_some(values + i, count - i)));
     const float largest = _mm512_reduce_max_ps(most);
@@ -88,35 +92,40 @@ struct Int8 {
       sums = _mm512_add_epi32(sums, rounded);
       _mm_mask_storeu_epi8(bytes + i, some(count - i), _mm512_cvtepi32_epi8(rounded));
     }
-    const int32_t total = _mm512_reduce_add_epi32(sums);
-    *undo = 128 * total;
+    *undo = 128 * _mm512_reduce_add_epi32(sums);
     return largest / 127.0f;
   }
 };
 #endif
 
-#ifdef __AVX512BF16__
+// Inputs stay in float32: the bfloat16 dot product of AVX-512 rounds them, and is slower than two multiply-adds.
 struct BFloat16 {
   typedef __m512 Sum;
-  static constexpr int kPerUnit = 2;
+  typedef float Input;
+  static constexpr int kPerUnit = 2, kInputsPerUnit = 2;
   static Sum zero() { return _mm512_setzero_ps(); }
-  static Sum dot(Sum acc, __m512i weights, int32_t inputs) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(inputs));
+  template <int rows>
+  static void step(Sum (&acc)[rows][kVectors], const __m512i* weights, const Input* inputs, int stride) {
+    __m512 even[kVectors], odd[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      even[v] = _mm512_castsi512_ps(_mm512_slli_epi32(weights[v], 16));
+      odd[v] = _mm512_castsi512_ps(_mm512_and_si512(weights[v], _mm512_set1_epi32(int(0xffff0000))));
+    }
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < kVectors; ++v) {
+        acc[r][v] = _mm512_fmadd_ps(even[v], _mm512_set1_ps(inputs[r * stride]), acc[r][v]);
+        acc[r][v] = _mm512_fmadd_ps(odd[v], _mm512_set1_ps(inputs[r * stride + 1]), acc[r][v]);
+      }
   }
   static __m512 result(Sum acc, int32_t) { return acc; }
-  static float quantise(const float* values, int count, int32_t* units, int32_t* undo) {
-    auto* halves = reinterpret_cast<uint16_t*>(units);
-    for (int i = 0; i < count; i += kLanes) {
-      const __m256bh rounded = _mm512_cvtneps_pbh(load_some(values + i, count - i));
-      _mm256_mask_storeu_epi16(halves + i, some(count - i), (__m256i)rounded);
-    }
+  static float convert(const float* values, int count, Input* inputs, int32_t* undo) {
+    std::memcpy(inputs, values, count * sizeof(float));
     *undo = 0;
     return 1.0f;
   }
 };
-#endif
 
-struct Linear {  // mirrors the ctypes structure in kernels.py
+struct Linear {  // mirrors the ctypes structure in cpu_ops.py
   int32_t inputs, outputs;
   const void* weights;   // panels of [U][kVectors][kLanes] units
   const float* scales;   // [O], or null for 1
@@ -155,16 +164,16 @@ void prepare(const float* from, const Prologue& how, int count, float* to) {
 }
 
 template <class Kind, int rows>
-void panel(const int32_t* inputs, int units, const __m512i* weights, const float* scales, const int32_t* undo,
-           const Linear& layer, int first, float* out, bool add) {
+void panel(const typename Kind::Input* inputs, int units, const __m512i* weights, const float* scales,
+           const int32_t* undo, const Linear& layer, int first, float* out, bool add) {
   typename Kind::Sum acc[rows][kVectors];
   for (auto& row : acc)
     for (auto& v : row) v = Kind::zero();
-  for (int u = 0; u < units; ++u, weights += kVectors) {
+  const int stride = units * Kind::kInputsPerUnit;
+  for (int u = 0; u < units; ++u, weights += kVectors, inputs += Kind::kInputsPerUnit) {
     __m512i w[kVectors];
     for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(weights + v);
-    for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = Kind::dot(acc[r][v], w[v], inputs[r * units + u]);
+    Kind::template step<rows>(acc, w, inputs, stride);
   }
   for (int v = 0; v < kVectors; ++v) {
     const int output = first + v * kLanes, left = layer.outputs - output;
@@ -188,14 +197,17 @@ void linear(const Linear& layer, const Prologue& prologue, int count, const floa
   const int units = (layer.inputs + Kind::kPerUnit - 1) / Kind::kPerUnit;
   const int width = prologue.gated ? 2 * layer.inputs : layer.inputs;
   const int panels = (layer.outputs + kPanel - 1) / kPanel;
+  const int64_t stride = int64_t(units) * Kind::kInputsPerUnit;
   // Belong to the calling thread and outlive the call: no allocation once the largest batch has been seen.
-  thread_local std::vector<int32_t> unit_buffer, undo_buffer;
+  thread_local std::vector<typename Kind::Input> input_buffer;
+  thread_local std::vector<int32_t> undo_buffer;
   thread_local std::vector<float> scale_buffer, float_buffer;
-  unit_buffer.resize(std::max<size_t>(unit_buffer.size(), size_t(count) * units));
+  input_buffer.resize(std::max<size_t>(input_buffer.size(), count * stride));
   undo_buffer.resize(std::max<size_t>(undo_buffer.size(), count));
   scale_buffer.resize(std::max<size_t>(scale_buffer.size(), count));
   float_buffer.resize(std::max<size_t>(float_buffer.size(), size_t(count) * layer.inputs));
-  int32_t *inputs = unit_buffer.data(), *undo = undo_buffer.data();
+  auto* inputs = input_buffer.data();
+  int32_t* undo = undo_buffer.data();
   float *scales = scale_buffer.data(), *prepared = float_buffer.data();
   const auto* weights = static_cast<const __m512i*>(layer.weights);
 #pragma omp parallel num_threads(threads)
@@ -204,14 +216,14 @@ void linear(const Linear& layer, const Prologue& prologue, int count, const floa
     for (int r = 0; r < count; ++r) {
       float* row = prepared + int64_t(r) * layer.inputs;
       prepare(from + int64_t(r) * width, prologue, layer.inputs, row);
-      inputs[int64_t(r) * units + units - 1] = 0;  // a last unit may be partly filled
-      scales[r] = Kind::quantise(row, layer.inputs, inputs + int64_t(r) * units, undo + r);
+      for (int i = 0; i < Kind::kInputsPerUnit; ++i) inputs[(r + 1) * stride - 1 - i] = 0;  // a unit may be partly filled
+      scales[r] = Kind::convert(row, layer.inputs, inputs + r * stride, undo + r);
     }
 #pragma omp for schedule(static)
     for (int p = 0; p < panels; ++p) {
       const __m512i* w = weights + int64_t(p) * units * kVectors;
       for (int r = 0; r < count; r += kRows) {
-        const int32_t* in = inputs + int64_t(r) * units;
+        const auto* in = inputs + r * stride;
         float* to = out + int64_t(r) * layer.outputs;
 #define ROWS(n) \
   case n: panel<Kind, n>(in, units, w, scales + r, undo + r, layer, p * kPanel, to, add); break;
@@ -224,7 +236,7 @@ void linear(const Linear& layer, const Prologue& prologue, int count, const floa
 
 // ---- Attention -----------------------------------------------------------------------------------------------------
 
-struct Heads {  // mirrors the ctypes structure in kernels.py
+struct Heads {  // mirrors the ctypes structure in cpu_ops.py
   int32_t query, kv, width;
 };
 
@@ -400,12 +412,9 @@ extern "C" {
 
 // Which instruction sets this file was built with: 1 int8, 2 bfloat16.
 int fast_dllm_kinds() {
-  int kinds = 0;
+  int kinds = 2;
 #ifdef __AVX512VNNI__
   kinds |= 1;
-#endif
-#ifdef __AVX512BF16__
-  kinds |= 2;
 #endif
   return kinds;
 }
@@ -416,9 +425,7 @@ void fast_dllm_linear(const Linear* layer, const Prologue* prologue, int int8, i
 #ifdef __AVX512VNNI__
   if (int8) linear<Int8>(*layer, *prologue, count, from, out, add, threads);
 #endif
-#ifdef __AVX512BF16__
   if (!int8) linear<BFloat16>(*layer, *prologue, count, from, out, add, threads);
-#endif
 }
 
 // RoPE (and QK norm) of the queries in place; keys and values into the slab. cos, sin: [.., E / 2] by position.
