@@ -87,6 +87,7 @@ def decodings(draw, *, full=False, cached=False, longest=70):
         stop_token_ids=draw(st.sampled_from([None, (), None, (5, 7, 29)])),
         sub_block_cache=draw(st.sampled_from(["none", "dual", "prefix"])) if cached else "none",
         cache_refresh=draw(st.sampled_from(["published", "sub-block", "block"])),
+        fused_commit=draw(st.booleans()),
     )
 
 

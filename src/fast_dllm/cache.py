@@ -1,5 +1,6 @@
 """The KV cache: one slab per layer, allocated once, written in place, never copied as a whole."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,12 +52,24 @@ class KVCache:
         """Slots that a new request may take."""
         return len(self._free)
 
-    def allocate(self) -> int:
-        """Take a slot."""
-        return self._free.pop()
+    @property
+    def available(self) -> Sequence[int]:
+        """The free slots, lowest last."""
+        return self._free
+
+    def allocate(self, slot: int | None = None) -> int:
+        """Take a slot.
+
+        Args:
+            slot: a free one; None takes the lowest.
+        """
+        if slot is None:
+            return self._free.pop()
+        self._free.remove(slot)
+        return slot
 
     def free(self, slot: int) -> None:
-        """Give a slot back; what it held is unreachable from then on."""
+        """Give a slot back. What it holds stays until another request writes there."""
         self._free.append(slot)
         # Lowest first: rows that lie side by side are read without a gather.
         self._free.sort(reverse=True)
@@ -73,6 +86,18 @@ class KVCache:
         """
         self.keys[layer][slots, :, positions] = keys
         self.values[layer][slots, :, positions] = values
+
+    @torch.inference_mode()
+    def copy(self, source: int, destination: int, length: int) -> None:
+        """Copy K/V of the first positions from slot to slot, in every layer.
+
+        Args:
+            source: slot to read.
+            destination: another slot.
+            length: positions from the start.
+        """
+        for slab in (*self.keys, *self.values):
+            slab[destination, :, :length] = slab[source, :, :length]
 
     def read(self, layer: int, rows: slice | Tensor, length: int) -> tuple[Tensor, Tensor]:
         """K/V of some slots, up to `length`.

@@ -122,6 +122,8 @@ class DecodingConfig(_FromMapping):
         cache_refresh: when a whole-block forward renews a sub-block cache. "published": whenever the
             sub-block's first position is still masked; "sub-block": once per sub-block; "block": once
             per block. The last two forward the position before the sub-block too (token shift).
+        fused_commit: commit a finished block and take the first look at the next one in one forward. Its first
+            token is then chosen with those beside it, not before them.
 
     """
 
@@ -141,6 +143,7 @@ class DecodingConfig(_FromMapping):
     stop_strings: tuple[str, ...] = ()
     sub_block_cache: SubBlockCache = "none"
     cache_refresh: CacheRefresh = "sub-block"
+    fused_commit: bool = False
 
     def __post_init__(self) -> None:
         _require_int("max_new_tokens", self.max_new_tokens, 1)
@@ -164,6 +167,7 @@ class DecodingConfig(_FromMapping):
         _require(strings, f"stop_strings={self.stop_strings!r}: must be a tuple of non-empty strings")
         _require_choice("sub_block_cache", self.sub_block_cache, SubBlockCache)
         _require_choice("cache_refresh", self.cache_refresh, CacheRefresh)
+        _require(isinstance(self.fused_commit, bool), f"fused_commit={self.fused_commit!r}: must be true or false")
 
     def layout(self, model: BlockDiffusionConfig, canvas: int) -> tuple[int, int]:
         """Block and sub-block size of this request on a model.

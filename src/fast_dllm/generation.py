@@ -76,6 +76,8 @@ def make_engine(
     stop_token_ids: Sequence[int],
     *,
     max_batch: int = 32,
+    prefill_chunk: int | None = None,
+    prefix_cache: bool = False,
 ) -> tuple[Engine, list[Request]]:
     """An engine with a cache just large enough for some requests, and the requests, queued.
 
@@ -85,22 +87,28 @@ def make_engine(
         requests: prompts with their settings.
         stop_token_ids: of the checkpoint.
         max_batch: requests that run at once.
+        prefill_chunk: see `Engine`. By default prompts run whole: nobody waits beside them.
+        prefix_cache: see `Engine`. By default the forwards of a prompt are the same whatever ran before it.
 
     Raises:
         FastDLLMError: for a request that cannot run.
     """
     if not requests:
         raise FastDLLMError("no prompts given; pass at least one")
-    capacity = 0
+    states = []
     for number, (prompt, decoding) in enumerate(requests, start=1):
         with _naming(number, len(requests)):
-            capacity = max(capacity, open_state(backbone, config, prompt, decoding, ()).capacity)
-    slots = min(len(requests), max_batch)
-    engine = Engine(backbone, config, slots=slots, max_length=capacity, stop_token_ids=stop_token_ids)
-    submitted = []
-    for number, (prompt, decoding) in enumerate(requests, start=1):
-        with _naming(number, len(requests)):
-            submitted.append(engine.submit(prompt, decoding))
+            states.append(open_state(backbone, config, prompt, decoding, stop_token_ids))
+    engine = Engine(
+        backbone,
+        config,
+        slots=min(len(requests), max_batch),
+        max_length=max(state.capacity for state in states),
+        stop_token_ids=stop_token_ids,
+        prefill_chunk=prefill_chunk,
+        prefix_cache=prefix_cache,
+    )
+    submitted = [engine.enqueue(state, decoding) for state, (_, decoding) in zip(states, requests, strict=True)]
     return engine, submitted
 
 
@@ -122,6 +130,8 @@ def generate_batch(
     *,
     max_batch: int = 32,
     on_event: Callable[[Event], None] | None = None,
+    prefill_chunk: int | None = None,
+    prefix_cache: bool = False,
 ) -> GenerateResult:
     """Decode a batch of prompts of any lengths.
 
@@ -133,13 +143,23 @@ def generate_batch(
         stop_token_ids: of the checkpoint.
         max_batch: prompts that run at once.
         on_event: called with every event.
+        prefill_chunk: see `Engine`; None runs every prompt whole.
+        prefix_cache: see `Engine`; answers are the same, the forwards of a prompt depend on what ran before it.
 
     Raises:
         FastDLLMError: for no prompts, an empty one, or settings that do not fit the model.
     """
     settings = for_each(prompts, decoding) if isinstance(decoding, DecodingConfig) else decoding
     requests = list(zip(prompts, settings, strict=True))
-    engine, submitted = make_engine(backbone, config, requests, stop_token_ids, max_batch=max_batch)
+    engine, submitted = make_engine(
+        backbone,
+        config,
+        requests,
+        stop_token_ids,
+        max_batch=max_batch,
+        prefill_chunk=prefill_chunk,
+        prefix_cache=prefix_cache,
+    )
     for event in engine.run():
         if on_event is not None:
             on_event(event)

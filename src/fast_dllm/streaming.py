@@ -49,25 +49,37 @@ class Reply:
     confidences: list[float]
 
 
-class _GrowingText:
-    """The text of one answer on its way."""
+class AnswerText:
+    """The text of one answer on its way, made from its events alone."""
 
-    def __init__(self, request: Request, text: ChatText | None) -> None:
-        self.request = request
-        self.stops = StopStrings(request.decoding.stop_strings)
+    def __init__(self, prompt_length: int, stop_strings: Sequence[str], text: ChatText | None) -> None:
+        """Start an answer.
+
+        Args:
+            prompt_length: tokens of the prompt.
+            stop_strings: the answer ends before the first of them.
+            text: None for a model without a tokenizer: the answer then has no text.
+        """
+        self._stops = StopStrings(stop_strings)
         self._detokenizer = None if text is None else text.detokenizer()
-        self._fed = request.state.prompt_length
+        self._fed = prompt_length
+        self._ahead: dict[int, int] = {}  # revealed, with a mask before them
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the answer."""
+        return self._stops.stopped
 
     def feed(self, event: Event) -> str:
         """Text that can be shown after an event."""
         if self._detokenizer is None:
             return ""
-        # The state may be ahead of the event; the event says up to where it was final.
-        new = self._detokenizer.feed(self.request.state.settled_ids(self._fed, event.settled))
+        self._ahead.update(zip(event.positions, event.tokens, strict=True))
+        new = self._detokenizer.feed([self._ahead.pop(position) for position in range(self._fed, event.settled)])
         self._fed = event.settled
         if event.finish is None:
-            return self.stops.feed(new)
-        return self.stops.feed(new + self._detokenizer.flush()) + self.stops.flush()
+            return self._stops.feed(new)
+        return self._stops.feed(new + self._detokenizer.flush()) + self._stops.flush()
 
 
 class TextStream:
@@ -86,27 +98,30 @@ class TextStream:
             text: None for a model without a tokenizer: events then carry no text.
         """
         self._engine = engine
-        self._growing = [_GrowingText(request, text) for request in requests]
+        self._requests = list(requests)
+        self._texts = [
+            AnswerText(request.state.prompt_length, request.decoding.stop_strings, text) for request in requests
+        ]
 
     @property
     def states(self) -> list[DecodeState]:
         """Of each prompt."""
-        return [growing.request.state for growing in self._growing]
+        return [request.state for request in self._requests]
 
     def __iter__(self) -> Iterator[TextEvent]:
         for event in self._engine.run():
-            growing = self._growing[event.request]
-            text = growing.feed(event)
+            request, answer = self._requests[event.request], self._texts[event.request]
+            text = answer.feed(event)
             finish = event.finish
-            if growing.stops.stopped and finish is None:
-                self._engine.cancel(growing.request)
-                growing.request.state.finish = finish = "stop"
+            if answer.stopped and finish is None:
+                self._engine.cancel(request)
+                request.state.finish = finish = "stop"
             yield TextEvent(event, text, finish)
 
     def replies(self) -> Iterator[Reply]:
         """Whole answers, in the order of the prompts, each as soon as it and those before it are done."""
         start = time.perf_counter()
-        texts = [""] * len(self._growing)
+        texts = [""] * len(self._requests)
         done: dict[int, Reply] = {}
         due = 0
         for event in self:

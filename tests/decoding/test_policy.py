@@ -103,3 +103,16 @@ def test_rows_of_mixed_policies_each_follow_their_own(rows):
     for r, (_, threshold, at_least, factor) in enumerate(rows):
         expected = naive(confidence[r].tolist(), masked[r].tolist(), threshold, at_least, factor)
         assert chosen[r].nonzero()[:, 0].tolist() == expected
+
+
+@given(ROWS, st.booleans(), st.booleans())
+def test_bound_that_no_row_uses_may_be_left_out(rows, counted, bounded):
+    confidence = torch.tensor([[c for c, _ in row] for row, *_ in rows], dtype=torch.float64)
+    masked = torch.tensor([[m for _, m in row] for row, *_ in rows])
+    threshold = torch.tensor([[row[1]] for row in rows], dtype=torch.float64)
+    at_least = torch.tensor([[row[2] if counted else 1] for row in rows])
+    factor = torch.tensor([[row[3] if bounded else 0.0] for row in rows], dtype=torch.float64)
+    short = PolicyParameters(threshold, at_least if counted else None, factor if bounded else None)
+    assert select(confidence, masked, short).equal(
+        select(confidence, masked, PolicyParameters(threshold, at_least, factor))
+    )

@@ -9,12 +9,13 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class ForwardKind(StrEnum):
-    """What a forward was for."""
+    """What a forward was for; `COMMIT_BLOCK` commits a block and looks at the next one for the first time."""
 
     PREFILL = "prefill"
     BLOCK = "block"
     SUB_BLOCK = "sub_block"
     COMMIT = "commit"
+    COMMIT_BLOCK = "commit_block"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,15 @@ class Statistics:
         query_tokens_by_kind: positions that they ran over.
         revealed_tokens: tokens revealed, those behind the stop token included.
         new_tokens: tokens of the answer: no masks, no padding, nothing behind the stop token (which counts).
+        reused_tokens: positions whose K/V a prefill did not have to compute, the cache holding them already. When a
+            preempted request comes back they count again, as the positions of its prefill do.
     """
 
     forwards_by_kind: Counter[str] = field(default_factory=Counter)
     query_tokens_by_kind: Counter[str] = field(default_factory=Counter)
     revealed_tokens: int = 0
     new_tokens: int = 0
+    reused_tokens: int = 0
 
     @property
     def forwards(self) -> int:
@@ -83,4 +87,5 @@ class Statistics:
             self.query_tokens_by_kind + other.query_tokens_by_kind,
             self.revealed_tokens + other.revealed_tokens,
             self.new_tokens + other.new_tokens,
+            self.reused_tokens + other.reused_tokens,
         )

@@ -11,13 +11,15 @@ class PolicyParameters(NamedTuple):
 
     Attributes:
         threshold: [R, 1], reveal what is more confident than this ("threshold"); inf turns it off.
-        at_least: int64 [R, 1], reveal this many of the most confident ("fixed"; 1 is "sequential").
-        factor: [R, 1], reveal the largest n with (n+1)(1 - c(n)) < factor ("factor"); 0 turns it off.
+        at_least: int64 [R, 1], reveal this many of the most confident ("fixed"; 1 is "sequential"). None where no
+            row asks for more than one.
+        factor: [R, 1], reveal the largest n with (n+1)(1 - c(n)) < factor ("factor"); 0 turns it off. None where
+            it is off in all rows.
     """
 
     threshold: Tensor
-    at_least: Tensor
-    factor: Tensor
+    at_least: Tensor | None = None
+    factor: Tensor | None = None
 
 
 def select(confidence: Tensor, masked: Tensor, parameters: PolicyParameters) -> Tensor:
@@ -35,11 +37,13 @@ def select(confidence: Tensor, masked: Tensor, parameters: PolicyParameters) -> 
         bool [R, W], a subset of `masked`.
     """
     confidence = confidence.masked_fill(~masked, -torch.inf)
-    ranked, order = confidence.sort(dim=-1, descending=True, stable=True)
-    n = torch.arange(1, confidence.shape[-1] + 1, device=confidence.device)
-    within_bound = (n + 1) * (1 - ranked) < parameters.factor
-    # As n grows so does the bound's left side: the largest n is where the run of true ends.
-    largest = (within_bound * n).amax(dim=-1, keepdim=True)
-    rank_below = n <= torch.maximum(largest, parameters.at_least).clamp(min=1)
-    chosen = torch.zeros_like(masked).scatter(-1, order, rank_below) | (confidence > parameters.threshold)
+    chosen = (confidence > parameters.threshold).scatter(-1, confidence.argmax(dim=-1, keepdim=True), True)
+    if parameters.at_least is not None or parameters.factor is not None:
+        ranked, order = confidence.sort(dim=-1, descending=True, stable=True)
+        n = torch.arange(1, confidence.shape[-1] + 1, device=confidence.device)
+        rank_below = n <= (1 if parameters.at_least is None else parameters.at_least)
+        if parameters.factor is not None:
+            # As n grows so does the bound's left side: it holds up to the largest n, and fails behind.
+            rank_below = rank_below | ((n + 1) * (1 - ranked) < parameters.factor)
+        chosen |= torch.zeros_like(masked).scatter(-1, order, rank_below)
     return chosen & masked

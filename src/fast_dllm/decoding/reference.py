@@ -77,9 +77,10 @@ def reference_generate(
         return _final_answer(sequence, len(prompt), limit, stops)
 
     full = config.context_attention == "full"
-    block_start = 0 if full else len(prompt) // block_size * block_size
+    first_block = block_start = 0 if full else len(prompt) // block_size * block_size
     while True:
-        if config.token_shift and 0 < block_start == len(sequence):
+        fused = decoding.fused_commit and block_size > 1 and block_start > first_block
+        if config.token_shift and 0 < block_start == len(sequence) and not fused:
             # The last clean position predicts the first token of the block.
             logits = logits_of(torch.tensor([sequence]), block_start)[-1:]
             sequence.append(_choose(logits, config, decoding, generator)[0][0])
@@ -94,7 +95,12 @@ def reference_generate(
                 logits = logits_of(torch.tensor([ids]), block_start)
                 read = [i - 1 if config.token_shift else i for i in masked]
                 tokens, confidences = _choose(logits[read], config, decoding, generator)
-                for chosen in _reveal(confidences, decoding):
+                if fused and config.token_shift and masked[0] == block_start:
+                    # The first look at a block, in the forward that commits the one before it.
+                    revealed = [0, *(1 + rest for rest in _reveal(confidences[1:], decoding))]
+                else:
+                    revealed = _reveal(confidences, decoding)
+                for chosen in revealed:
                     sequence[masked[chosen]] = tokens[chosen]
                 if (answer := ended()) is not None:
                     return answer

@@ -23,6 +23,7 @@ class Forward:
         visible_end: end of the keys it may look at.
         noisy_from: start of the noisy block; `visible_end` in a clean forward.
         candidates: positions whose token it predicts.
+        first_alone: the policy does not weigh the first candidate against the others; it is revealed in any case.
     """
 
     kind: ForwardKind
@@ -31,6 +32,13 @@ class Forward:
     visible_end: int
     noisy_from: int
     candidates: tuple[int, ...]
+    first_alone: bool = False
+
+    @property
+    def decisions(self) -> list[int]:
+        """How many candidates each decision of the policy is about, in their order."""
+        counts = [1, len(self.candidates) - 1] if self.first_alone else [len(self.candidates)]
+        return [count for count in counts if count]
 
 
 class DecodeState:
@@ -41,6 +49,8 @@ class DecodeState:
         prompt_length: tokens of the prompt.
         block_size: D of this request (the canvas, for a full-attention model).
         committed: tokens whose final K/V are in the cache.
+        block_start: start of the current block; ahead of `committed` where a finished block is to be committed
+            together with the first look at the next one.
         settled: position up to which no token is masked.
         finish: why it ended, or None.
         reveal_step: per new token, the forward that revealed it.
@@ -80,7 +90,11 @@ class DecodeState:
         # Windows of Algorithm 1 tile the answer; sub-blocks tile the block.
         self._sub_origin = self.prompt_length if whole_canvas else 0
         self._prefill_end = 0 if whole_canvas else self.prompt_length // self.block_size * self.block_size
+        # A chunk of a prefill ends with a block, unless tokens look only at what came before them.
+        self._chunk_unit = 1 if model.context_attention == "causal" else self.block_size
         self.committed = 0
+        self.block_start = self._prefill_end
+        self._fuses = decoding.fused_commit and self.block_size > 1
         self._sub_start = 0
         self._refreshed_at: int | None = None
         self.settled = self.prompt_length
@@ -94,12 +108,37 @@ class DecodeState:
     @property
     def block_end(self) -> int:
         """End of the current block."""
-        return self.committed + self.block_size
+        return self.block_start + self.block_size
 
     @property
     def capacity(self) -> int:
         """Positions that the request may ever write to: its limit, rounded up to whole blocks."""
         return -(-self.limit // self.block_size) * self.block_size
+
+    def prefill_ids(self) -> list[int]:
+        """Ids of the positions that are to be committed before the first block is opened."""
+        return self.settled_ids(0, self._prefill_end)
+
+    def adopt(self, length: int) -> None:
+        """Take the K/V of the first positions as given: the cache holds them already.
+
+        Args:
+            length: at most that of `prefill_ids`. A position that predicts the next token is run in any case.
+        """
+        predicts_next = self._shift and self.settled == self._prefill_end
+        self.committed = min(length, self._prefill_end - 1) if predicts_next else length
+        self.statistics.reused_tokens += self.committed
+        if self.committed == self._prefill_end:
+            self._open_block()
+
+    def rewind(self) -> None:
+        """Forget the K/V: what was committed is prefilled again. Tokens stay, and so does what they will be.
+
+        The state must be `restartable`.
+        """
+        self._prefill_end = max(self._prefill_end, self.committed)
+        self.committed = 0
+        self._refreshed_at = None
 
     def settled_ids(self, start: int, end: int) -> list[int]:
         """Final ids of positions [start, end), which must lie before `settled`."""
@@ -117,7 +156,7 @@ class DecodeState:
         self.reveal_step += [-1] * fresh
         self.confidences += [0.0] * fresh
         self._refreshed_at = None
-        self._sub_start = self.committed + self._sub_origin
+        self._sub_start = self.block_start + self._sub_origin
         self._skip_finished_sub_blocks()
 
     def _sub_end(self) -> int:
@@ -131,12 +170,17 @@ class DecodeState:
         return tuple(i for i in range(self._sub_start, self._sub_end()) if self.ids[i] is None)
 
     def _skip_finished_sub_blocks(self) -> None:
-        while self._sub_start < self.block_end and not self._masked():
+        while self._sub_start < self.block_end and None not in self.ids[self._sub_start : self._sub_end()]:
             self._sub_start += self._sub_size
 
 
-def next_forward(state: DecodeState) -> Forward | None:
+def next_forward(state: DecodeState, prefill_chunk: int | None = None) -> Forward | None:
     """What the request needs now.
+
+    Args:
+        state: of the request.
+        prefill_chunk: most positions of a prefill forward, rounded to whole blocks (at least one) where tokens
+            of a block look at each other; None for no limit.
 
     Returns:
         The forward, or None when it has ended.
@@ -144,25 +188,47 @@ def next_forward(state: DecodeState) -> Forward | None:
     if state.finish is not None:
         return None
     if state.committed < state._prefill_end:
-        return _clean_forward(state, ForwardKind.PREFILL, state._prefill_end)
-    if state._sub_start >= state.block_end:
+        return _clean_forward(state, ForwardKind.PREFILL, _chunk_end(state, prefill_chunk))
+    if _block_done(state):
         return _clean_forward(state, ForwardKind.COMMIT, state.block_end)
     candidates = state._masked()
     end = state.block_end
     if _needs_refresh(state):
-        return Forward(ForwardKind.BLOCK, state.committed, end, end, state.committed, candidates)
+        if state.committed == state.block_start:
+            return Forward(ForwardKind.BLOCK, state.committed, end, end, state.block_start, candidates)
+        # Under token shift the block's first token is predicted by the last committed one, here and never again.
+        alone = bool(state._shift)
+        return Forward(ForwardKind.COMMIT_BLOCK, state.committed, end, end, state.block_start, candidates, alone)
     start = state._sub_start
     if state._decoding.cache_refresh != "published":
         # The window takes in the position before it, where the shifted logit of its first token stands.
-        start = max(start - state._shift, state.committed)
+        start = max(start - state._shift, state.block_start)
     stop = end if state._decoding.sub_block_cache == "prefix" else state._sub_end()
-    return Forward(ForwardKind.SUB_BLOCK, start, stop, end, state.committed, candidates)
+    return Forward(ForwardKind.SUB_BLOCK, start, stop, end, state.block_start, candidates)
+
+
+def restartable(state: DecodeState) -> bool:
+    """Whether it may be rewound now: its next forward reads no K/V but those of committed tokens."""
+    forward = next_forward(state)
+    return forward is None or forward.kind is not ForwardKind.SUB_BLOCK
+
+
+def _chunk_end(state: DecodeState, prefill_chunk: int | None) -> int:
+    if prefill_chunk is None:
+        return state._prefill_end
+    unit = state._chunk_unit
+    end = max((state.committed + prefill_chunk) // unit, state.committed // unit + 1) * unit
+    return min(end, state._prefill_end)
 
 
 def _clean_forward(state: DecodeState, kind: ForwardKind, end: int) -> Forward:
     # Under token shift the last position of a clean block predicts the first token of the next.
     predicts_next = state._shift and end == state.settled
     return Forward(kind, state.committed, end, end, end, (end,) if predicts_next else ())
+
+
+def _block_done(state: DecodeState) -> bool:
+    return state._sub_start >= state.block_end
 
 
 def _needs_refresh(state: DecodeState) -> bool:
@@ -189,15 +255,22 @@ def absorb(state: DecodeState, forward: Forward, request: int, revealed: Sequenc
     step = state.statistics.forwards
     if forward.kind in (ForwardKind.PREFILL, ForwardKind.COMMIT):
         state.committed = forward.end
-        state._open_block()
-    elif forward.kind is ForwardKind.BLOCK:
+        if state.committed >= state._prefill_end:
+            state.block_start = max(state.block_start, state.committed)
+            state._open_block()
+    elif forward.kind is not ForwardKind.SUB_BLOCK:
+        state.committed = state.block_start
         state._refreshed_at = state._sub_start
     for position, token, confidence in revealed:
         state.ids[position] = token
         state.reveal_step[position - state.prompt_length] = step
         state.confidences[position - state.prompt_length] = confidence
-    state._skip_finished_sub_blocks()
+    if state.committed >= state._prefill_end:
+        state._skip_finished_sub_blocks()
     _settle(state)
+    if state._fuses and state.finish is None and state.committed == state.block_start and _block_done(state):
+        state.block_start = state.block_end
+        state._open_block()
     event = Event(
         request=request,
         kind=forward.kind,

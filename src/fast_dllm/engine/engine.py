@@ -7,8 +7,9 @@ from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
 from fast_dllm.decoding.events import Event
 from fast_dllm.decoding.state import DecodeState, absorb
 from fast_dllm.engine.executor import Executor
+from fast_dllm.engine.prefix import PrefixIndex
 from fast_dllm.engine.request import Request
-from fast_dllm.engine.scheduler import Scheduler, rows_of
+from fast_dllm.engine.scheduler import Scheduler
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.model.backbone import Backbone
 
@@ -45,7 +46,7 @@ def open_state(
 class Engine:
     """Decodes requests: a tick asks each what it needs, runs one forward over all, and lets each absorb.
 
-    Rows never wait for each other's blocks, and a row's tokens do not depend on its neighbours.
+    Rows never wait for each other's blocks, and a row's tokens depend neither on its neighbours nor on when it runs.
     """
 
     def __init__(
@@ -56,6 +57,9 @@ class Engine:
         slots: int,
         max_length: int,
         stop_token_ids: Sequence[int] = (),
+        token_budget: int | None = None,
+        prefill_chunk: int | None = 512,
+        prefix_cache: bool = True,
     ) -> None:
         """Allocate the cache.
 
@@ -65,12 +69,21 @@ class Engine:
             slots: requests that run at once; further ones wait.
             max_length: positions per slot (`DecodeState.capacity` of the longest request).
             stop_token_ids: of the checkpoint.
+            token_budget: positions that the running requests may hold together: what they have committed, and
+                their blocks. When a block does not fit, the youngest request gives its slot back, and computes its
+                K/V again when there is room. None: as many as the slots have.
+            prefill_chunk: most prompt positions of a tick, so that a long prompt does not hold up the rows that
+                decode; rounded to whole blocks, at least one, unless attention is causal. None: no limit.
+            prefix_cache: keep the K/V of requests that have ended until their slot is needed, and let a request
+                whose beginning is known, from those or from a running one, start behind it.
         """
         self._config = config
         self._backbone = backbone
         self._cache: KVCache = backbone.new_cache(slots, max_length)
         self._executor = Executor(backbone, config)
-        self._scheduler = Scheduler()
+        self._scheduler = Scheduler(token_budget, prefill_chunk)
+        self._prefixes = PrefixIndex(config.context_attention) if prefix_cache else None
+        self._token_budget = token_budget
         self._stop_token_ids = tuple(stop_token_ids)
         self._submitted = 0
 
@@ -87,11 +100,27 @@ class Engine:
         Raises:
             FastDLLMError: when it cannot fit.
         """
-        state = open_state(self._backbone, self._config, prompt, decoding, self._stop_token_ids)
+        return self.enqueue(open_state(self._backbone, self._config, prompt, decoding, self._stop_token_ids), decoding)
+
+    def enqueue(self, state: DecodeState, decoding: DecodingConfig) -> Request:
+        """Queue a request that is already open.
+
+        Args:
+            state: as `open_state` gave it.
+            decoding: what is asked.
+
+        Raises:
+            FastDLLMError: when it cannot fit.
+        """
         if state.capacity > self._cache.max_length:
             raise FastDLLMError(
                 f"the request needs {state.capacity} positions, a cache slot has {self._cache.max_length}; "
                 "give the engine a larger max_length"
+            )
+        if self._token_budget is not None and state.capacity > self._token_budget:
+            raise FastDLLMError(
+                f"the request needs {state.capacity} positions, the token budget is {self._token_budget}; "
+                "lower max_new_tokens or give the engine a larger token_budget"
             )
         request = Request(self._submitted, state, decoding)
         self._submitted += 1
@@ -106,12 +135,18 @@ class Engine:
     def step(self) -> list[Event]:
         """One tick: every running request advances by one forward.
 
+        Only a prefill for which the tick has no room, and a block for which the token budget has none, wait.
+
         Returns:
             One event per request that ran.
         """
-        for request in self._scheduler.admit(self._cache.free_slots):
-            request.slot = self._cache.allocate()
-        rows = rows_of(self._scheduler.running)
+        for request in self._scheduler.begin():
+            self._release(request)
+            request.state.rewind()
+        while (admitted := self._scheduler.admit(self._cache.free_slots)) is not None:
+            self._place(admitted)
+            self._scheduler.plan(admitted)
+        rows = self._scheduler.rows()
         events = []
         for row, revealed in zip(rows, self._executor.run(rows, self._cache), strict=True):
             event = absorb(row.request.state, row.forward, row.request.id, revealed)
@@ -134,5 +169,26 @@ class Engine:
     def _retire(self, request: Request) -> None:
         self._scheduler.retire(request)
         if request.slot is not None:
-            self._cache.free(request.slot)
-            request.slot = None
+            self._release(request)
+
+    def _place(self, request: Request) -> None:
+        """Give a request a slot, and in it what is known of its beginning."""
+        if self._prefixes is None:
+            request.slot = self._cache.allocate()
+            return
+        for running in self._scheduler.running:
+            if running.slot is not None:
+                self._prefixes.hold(running.slot, running.state)
+        place = self._prefixes.place(request.state, set(self._cache.available))
+        request.slot = self._cache.allocate(place.slot)
+        if place.source != place.slot:
+            self._cache.copy(place.source, place.slot, place.length)
+        if place.length:
+            request.state.adopt(place.length)
+
+    def _release(self, request: Request) -> None:
+        assert request.slot is not None
+        if self._prefixes is not None:
+            self._prefixes.retain(request.slot, request.state)
+        self._cache.free(request.slot)
+        request.slot = None

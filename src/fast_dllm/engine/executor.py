@@ -38,10 +38,12 @@ class Executor:
         if not rows:
             return []
         logits = self._backbone.forward(self._batch(rows), cache)
-        if logits.shape[0] == 0:
+        deciding = [row for row in rows if row.forward.candidates]
+        if not deciding:
             return [[] for _ in rows]
-        tokens, confidence = self._choose(rows, logits)
-        return self._reveal(rows, tokens, confidence)
+        tokens, confidence = self._choose(deciding, logits)
+        revealed = iter(self._reveal(deciding, tokens, confidence))
+        return [next(revealed) if row.forward.candidates else [] for row in rows]
 
     def _tensor(self, values: object, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self._backbone.device, non_blocking=True)
@@ -73,63 +75,75 @@ class Executor:
 
     def _choose(self, rows: list[Row], logits: Tensor) -> tuple[Tensor, Tensor]:
         """Token and confidence of every candidate, both [N]."""
-        owners = [row for row in rows for _ in row.forward.candidates]
-        kinds: dict[tuple[bool, ConfidenceMeasure], list[int]] = {}
-        for candidate, row in enumerate(owners):
-            decoding = row.request.decoding
-            kinds.setdefault((decoding.temperature > 0, decoding.confidence), []).append(candidate)
-        uniform = self._draw(rows)
-        tokens = torch.empty(len(owners), dtype=torch.long, device=logits.device)
-        confidence = torch.empty(len(owners), dtype=logits.dtype, device=logits.device)
-        banned = self._config.mask_token_id
-        for (sampled, measure), indices in kinds.items():
-            index: slice | Tensor = slice(None) if len(kinds) == 1 else self._tensor(indices)
-            if sampled:
-                parameters = self._sampling([owners[i].request.decoding for i in indices], uniform[index])
-                tokens[index], confidence[index] = sample(logits[index], banned, measure, parameters)
-            else:
-                tokens[index], confidence[index] = greedy(logits[index], banned, measure)
+        kinds: dict[tuple[bool, ConfidenceMeasure], tuple[list[Row], list[int]]] = {}
+        place = 0
+        for row in rows:
+            decoding, count = row.request.decoding, len(row.forward.candidates)
+            members, places = kinds.setdefault((decoding.temperature > 0, decoding.confidence), ([], []))
+            members.append(row)
+            places += range(place, place + count)
+            place += count
+        if len(kinds) == 1:
+            ((sampled, measure),) = kinds
+            return self._choose_alike(rows, logits, sampled, measure)
+        tokens = torch.empty(place, dtype=torch.long, device=logits.device)
+        confidence = torch.empty(place, dtype=logits.dtype, device=logits.device)
+        for (sampled, measure), (members, places) in kinds.items():
+            index = self._tensor(places)
+            tokens[index], confidence[index] = self._choose_alike(members, logits[index], sampled, measure)
         return tokens, confidence
 
-    def _draw(self, rows: list[Row]) -> Tensor:
-        """One uniform number per candidate, from each row's own generator; greedy rows draw none."""
-        draws = [
-            torch.rand(len(row.forward.candidates), generator=row.request.generator)
-            if row.request.decoding.temperature > 0
-            else torch.zeros(len(row.forward.candidates))
-            for row in rows
-        ]
-        return torch.cat(draws).to(self._backbone.device, non_blocking=True)
+    def _choose_alike(
+        self, rows: list[Row], logits: Tensor, sampled: bool, measure: ConfidenceMeasure
+    ) -> tuple[Tensor, Tensor]:
+        """The same for rows that are all sampled, or all greedy, and share a measure."""
+        banned = self._config.mask_token_id
+        if sampled:
+            return sample(logits, banned, measure, self._sampling(rows))
+        return greedy(logits, banned, measure)
 
-    def _sampling(self, settings: list[DecodingConfig], uniform: Tensor) -> SamplingParameters:
+    def _sampling(self, rows: list[Row]) -> SamplingParameters:
+        settings = [row.request.decoding for row in rows for _ in row.forward.candidates]
+        # Each row draws from its own generator, so that its draws do not depend on the batch.
+        draws = [torch.rand(len(row.forward.candidates), generator=row.request.generator) for row in rows]
         return SamplingParameters(
             temperature=self._tensor([s.temperature for s in settings], torch.float32),
             top_k=self._tensor([s.top_k for s in settings]),
             top_p=self._tensor([s.top_p for s in settings], torch.float32),
-            uniform=uniform,
+            uniform=torch.cat(draws).to(self._backbone.device, non_blocking=True),
         )
 
     def _reveal(self, rows: list[Row], tokens: Tensor, confidence: Tensor) -> list[Revealed]:
         """Apply each row's policy; the one place where a tick waits for the device."""
-        counts = self._tensor([len(row.forward.candidates) for row in rows])
-        place = torch.arange(max(len(row.forward.candidates) for row in rows), device=tokens.device)
-        masked = place < counts[:, None]
-        window = torch.zeros(masked.shape, dtype=confidence.dtype, device=tokens.device)
-        window[masked] = confidence
-        chosen = select(window, masked, self._policies([row.request.decoding for row in rows], window.dtype))[masked]
-        all_tokens, all_confidences, all_chosen = tokens.tolist(), confidence.tolist(), chosen.tolist()
+        counts = [count for row in rows for count in row.forward.decisions]
+        settings = [row.request.decoding for row in rows for _ in row.forward.decisions]
+        policies = self._policies(settings, confidence.dtype)
+        if min(counts) == max(counts):
+            window = confidence.view(len(counts), -1)
+            chosen = select(window, torch.ones_like(window, dtype=torch.bool), policies).flatten()
+        else:
+            masked = torch.arange(max(counts), device=tokens.device) < self._tensor(counts)[:, None]
+            window = torch.zeros(masked.shape, dtype=confidence.dtype, device=tokens.device)
+            window[masked] = confidence
+            chosen = select(window, masked, policies)[masked]
+        # One transfer for all three: a float32 holds any token id below 2^24.
+        together = torch.stack((tokens.to(confidence.dtype), confidence, chosen.to(confidence.dtype)))
+        all_tokens, all_confidences, all_chosen = together.tolist()
         revealed: list[Revealed] = []
         start = 0
         for row in rows:
-            candidates = row.forward.candidates
-            found = zip(candidates, all_tokens[start:], all_confidences[start:], all_chosen[start:], strict=False)
-            revealed.append([(c, token, conf) for c, token, conf, take in found if take])
-            start += len(candidates)
+            candidates = enumerate(row.forward.candidates, start)
+            revealed.append([(c, int(all_tokens[i]), all_confidences[i]) for i, c in candidates if all_chosen[i]])
+            start += len(row.forward.candidates)
         return revealed
 
     def _policies(self, settings: list[DecodingConfig], dtype: torch.dtype) -> PolicyParameters:
+        thresholds = [[s.threshold if s.policy == "threshold" else torch.inf] for s in settings]
+        threshold = self._tensor(thresholds, dtype)
+        if all(s.policy == "threshold" for s in settings):
+            return PolicyParameters(threshold)
         return PolicyParameters(
-            threshold=self._tensor([[s.threshold if s.policy == "threshold" else torch.inf] for s in settings], dtype),
+            threshold=threshold,
             at_least=self._tensor([[s.tokens_per_step if s.policy == "fixed" else 1] for s in settings]),
             factor=self._tensor([[s.factor if s.policy == "factor" else 0.0] for s in settings], dtype),
         )

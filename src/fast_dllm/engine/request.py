@@ -13,11 +13,12 @@ class Request:
     """A decode state with what the engine adds to it.
 
     Attributes:
-        id: given by the engine.
+        id: given by the engine, in order of arrival.
         state: the state machine.
         decoding: what was asked.
         generator: this request's own, so that its draws do not depend on its neighbours.
         slot: of the cache, while it runs.
+        held: positions that count against the token budget, while it runs.
     """
 
     id: int
@@ -25,6 +26,7 @@ class Request:
     decoding: DecodingConfig
     generator: torch.Generator = field(init=False)
     slot: int | None = None
+    held: int = 0
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.decoding.seed)

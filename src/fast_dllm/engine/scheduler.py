@@ -1,47 +1,132 @@
-"""Who runs, and with whom: queues and rows, no tensors."""
+"""Who runs, and with whom: queues, budgets and rows, no tensors."""
 
+import math
 from collections import deque
-from collections.abc import Iterable
 
-from fast_dllm.decoding.state import next_forward
+from fast_dllm.decoding.events import ForwardKind
+from fast_dllm.decoding.state import next_forward, restartable
 from fast_dllm.engine.request import Request, Row
 
 
 class Scheduler:
-    """Waiting and running requests."""
+    """Waiting and running requests; first come first served, in everything.
 
-    def __init__(self) -> None:
+    A tick is `begin`, then `admit` and `plan` for each newcomer, then `rows`.
+
+    Attributes:
+        waiting: in order of arrival; all of them came after those that run.
+        running: in order of arrival.
+    """
+
+    def __init__(self, token_budget: int | None, prefill_chunk: int | None) -> None:
+        """Start with no requests.
+
+        Args:
+            token_budget: positions that the running requests may hold together; None for no limit.
+            prefill_chunk: most positions of a prefill forward, and of all of them in a tick; None for no limit.
+        """
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self._token_budget = math.inf if token_budget is None else token_budget
+        self._prefill_chunk = prefill_chunk
+        self._held = 0
+        self._begin_tick()
 
-    def admit(self, free_slots: int) -> list[Request]:
-        """Move waiting requests to the free slots, first come first served."""
-        admitted = [self.waiting.popleft() for _ in range(min(free_slots, len(self.waiting)))]
-        self.running += admitted
-        return admitted
+    def _begin_tick(self) -> None:
+        self._rows: list[Row] = []
+        self._prefill_room = math.inf if self._prefill_chunk is None else self._prefill_chunk
+        self._prefilling = False
+        self._stalled = False
+
+    def begin(self) -> list[Request]:
+        """Start a tick: plan the forwards of the running requests, the oldest first.
+
+        A request whose next block does not fit takes the place of the youngest. Where that one cannot be restarted
+        now, it goes without a forward until it can: at the latest when its block is done.
+
+        Returns:
+            Requests that were preempted; they are at the head of the queue, and still have their slots.
+        """
+        self._begin_tick()
+        preempted: list[Request] = []
+        number = 0
+        while number < len(self.running):  # preemption shortens it from the end
+            request = self.running[number]
+            if self._grow(request, preempted):
+                self._add(request)
+            number += 1
+        return preempted
+
+    def admit(self, free_slots: int) -> Request | None:
+        """Let the next waiting request run, if there is a slot, and room for all of its prompt and its first block.
+
+        Args:
+            free_slots: how many there are.
+
+        Returns:
+            The request, to be given a slot; None when there is none to admit.
+        """
+        if not self.waiting or not free_slots or self._stalled or self._prefill_room <= 0:
+            return None
+        needed = self.waiting[0].state.block_end
+        if self._held + needed > self._token_budget:
+            return None
+        request = self.waiting.popleft()
+        self._hold(request, needed)
+        self.running.append(request)
+        return request
+
+    def plan(self, request: Request) -> None:
+        """Plan the forward of a newcomer, which has its slot by now."""
+        self._add(request)
+
+    def rows(self) -> list[Row]:
+        """What runs in this tick, in order of (query length, slot).
+
+        What a row runs over and may look at is its own, so prefills, denoising rows and commits share one forward.
+        """
+        return sorted(self._rows, key=lambda row: (row.forward.end - row.forward.start, row.request.slot or 0))
 
     def retire(self, request: Request) -> None:
         """Forget a request that has ended."""
-        if request in self.running:
-            self.running.remove(request)
-        else:
+        if request.slot is None:
             self.waiting.remove(request)
+        else:
+            self.running.remove(request)
+            self._hold(request, 0)
 
+    def _hold(self, request: Request, positions: int) -> None:
+        self._held += positions - request.held
+        request.held = positions
 
-def rows_of(requests: Iterable[Request]) -> list[Row]:
-    """What each request needs now, all of it one forward.
+    def _grow(self, request: Request, preempted: list[Request]) -> bool:
+        """Let a request hold its current block too; whether it may."""
+        growth = request.state.block_end - request.held
+        if growth == 0:
+            return True
+        if self._stalled:  # what becomes free is for the older one that waits
+            return False
+        while self._held + growth > self._token_budget:
+            youngest = self.running[-1]
+            if youngest is request or not restartable(youngest.state):
+                self._stalled = True
+                return False
+            self.running.pop()
+            self._hold(youngest, 0)
+            self.waiting.appendleft(youngest)
+            preempted.append(youngest)
+        self._hold(request, request.state.block_end)
+        return True
 
-    What a row runs over and may look at is its own, so a prefill, a denoising row and a committing one share it.
-
-    Args:
-        requests: running ones, each with a slot.
-
-    Returns:
-        In order of (query length, slot).
-    """
-    rows = []
-    for request in requests:
-        forward = next_forward(request.state)
-        if forward is not None:
-            rows.append(Row(request, forward))
-    return sorted(rows, key=lambda row: (row.forward.end - row.forward.start, row.request.slot or 0))
+    def _add(self, request: Request) -> None:
+        """Plan a forward; a prefill only while there is room in this tick, though one always runs."""
+        forward = next_forward(request.state, self._prefill_chunk)
+        assert forward is not None, "a request that has ended is retired at once"
+        if forward.kind is ForwardKind.PREFILL:
+            positions = forward.end - forward.start
+            if self._prefilling and positions > self._prefill_room:
+                self._prefill_room = 0
+                return
+            self._prefilling = True
+            self._prefill_room -= positions
+        self._rows.append(Row(request, forward))
