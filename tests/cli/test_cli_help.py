@@ -9,7 +9,7 @@ import fast_dllm
 from fast_dllm.config import DecodingConfig
 from fast_dllm.training.options import AdaptOptions
 
-COMMANDS = ["generate", "chat", "adapt", "export", "info", "demo"]
+COMMANDS = ["generate", "chat", "adapt", "export", "info", "demo", "bench"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["", *COMMANDS])

@@ -8,6 +8,7 @@ import typer
 
 from fast_dllm import __version__
 from fast_dllm.cli.adapt import adapt
+from fast_dllm.cli.bench import bench
 from fast_dllm.cli.chat import chat
 from fast_dllm.cli.demo import demo
 from fast_dllm.cli.export import export
@@ -81,6 +82,13 @@ app.command(
 app.command(epilog=_examples("fast-dllm export my-model --to my-model-hf"))(export)
 app.command(epilog=_examples("fast-dllm info my-model", "fast-dllm info smollm2-base --json"))(info)
 app.command(epilog=_examples("fast-dllm demo", "fast-dllm demo --skip-adapt --questions 6"))(demo)
+app.command(
+    epilog=_examples(
+        "fast-dllm bench",
+        "fast-dllm bench my-model --dtype bfloat16,int8 --threshold 0.8,0.9 --tables throughput,peers",
+        "fast-dllm bench --full --out runs/bench-full",
+    )
+)(bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

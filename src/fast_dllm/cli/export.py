@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fast_dllm.cli.options import BaseOption, StoredDtypeOption, ModelArgument
+from fast_dllm.cli.options import BaseOption, ModelArgument, StoredDtypeOption
 
 
 def export(

@@ -1,0 +1,141 @@
+"""The machine: what it is, and how fast it reads memory and multiplies matrices."""
+
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Much larger than the caches of any CPU of today (the largest have some hundred MiB).
+_BUFFER_BYTES = 1 << 30
+_MATMUL_SIZE = 2048
+_TRIES = 4
+_LIBRARIES = ("fast-dllm", "torch", "transformers", "xllamacpp", "gguf", "matplotlib", "reasoning-gym")
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a roofline is made of.
+
+    Attributes:
+        threads: CPU threads it was measured with.
+        bandwidth: bytes a second, reading a buffer much larger than the caches.
+        flops: by dtype, floating-point (or integer) operations a second in a large matrix product.
+    """
+
+    threads: int
+    bandwidth: float
+    flops: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: GB/s and Gflop/s."""
+        return {
+            "threads": self.threads,
+            "bandwidth_gb_per_s": self.bandwidth / 1e9,
+            "matmul_gflop_per_s": {dtype: flops / 1e9 for dtype, flops in self.flops.items()},
+        }
+
+
+def describe() -> dict[str, Any]:
+    """CPU and library versions; None for a library that is not installed."""
+    return {
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "versions": {name: _version(name) for name in _LIBRARIES},
+    }
+
+
+def measure_peaks(dtypes: Iterable[str]) -> Peaks:
+    """Measure bandwidth, and the matrix product in each dtype, with torch's present number of threads.
+
+    Args:
+        dtypes: names of torch dtypes, or "int8".
+
+    Returns:
+        The best of a few tries each.
+    """
+    return Peaks(torch.get_num_threads(), _bandwidth(), {dtype: _matmul_flops(dtype) for dtype in dtypes})
+
+
+@torch.inference_mode()
+def _bandwidth() -> float:
+    buffer = torch.ones(_BUFFER_BYTES // 4)
+    reductions: list[Callable[[], Tensor]] = [
+        lambda: buffer.sum(),
+        lambda: buffer.amax(),
+        lambda: torch.dot(buffer, buffer),
+    ]
+    return _BUFFER_BYTES / min(_best_seconds(reduction) for reduction in reductions)
+
+
+@torch.inference_mode()
+def _matmul_flops(dtype: str) -> float:
+    size = _MATMUL_SIZE
+    if dtype == "int8":
+        products = _int8_products(size)
+    else:
+        # A narrow dtype may also be widened and multiplied in float32, which is faster on some CPUs.
+        products = [_product(size, kind) for kind in {getattr(torch, dtype), torch.float32}]
+    return 2 * size**3 / min(_best_seconds(product) for product in products)
+
+
+def _product(size: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    matrix = torch.randn(size, size).to(dtype)
+    return lambda: matrix @ matrix
+
+
+def _int8_products(size: int) -> list[Callable[[], Tensor]]:
+    """The ways torch multiplies int8 matrices on this machine."""
+    matrix = torch.randint(-127, 128, (size, size), dtype=torch.int8)
+    products: list[Callable[[], Tensor]] = [lambda: torch._int_mm(matrix, matrix.t())]
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # quantised tensors are deprecated, and still the fast path
+                scales, zeros = torch.full((size,), 0.01), torch.zeros(size, dtype=torch.long)
+                weight = torch.quantize_per_channel(torch.randn(size, size), scales, zeros, 0, torch.qint8)
+                packed = torch.ops.quantized.linear_prepack(weight, None)
+        finally:
+            torch.backends.quantized.engine = engine
+        activations = torch.randn(size, size)
+        products.append(lambda: torch.ops.quantized.linear_dynamic(activations, packed))
+    return products
+
+
+def _best_seconds(work: Callable[[], object]) -> float:
+    """Of a few calls; the first one, which warms up, is as good as any if it is the fastest."""
+    seconds = []
+    for _ in range(_TRIES):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()

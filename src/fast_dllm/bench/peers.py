@@ -1,0 +1,238 @@
+"""The same weights elsewhere: transformers' `generate`, and llama.cpp."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fast_dllm.api import BlockDiffusionLM
+from fast_dllm.bench.bench import Bench
+from fast_dllm.bench.decode import Decoded, decode
+from fast_dllm.bench.gguf_file import check_writable, gguf_of, write_f16
+from fast_dllm.bench.llamacpp import LlamaCpp, system_info
+from fast_dllm.bench.setting import AR, Setting, can_diffuse, can_go_one_by_one, diffusion
+from fast_dllm.bench.throughput import Contestant, Standing, ask, fastest, standing
+from fast_dllm.bench.timing import WARM_UP, WARM_UP_TOKENS, Timed, alternate, paired_ratios, spread
+from fast_dllm.config import DecodingConfig
+from fast_dllm.errors import FastDLLMError
+
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class PeerAnswer:
+    """What a peer made of one question.
+
+    Attributes:
+        tokens: new tokens.
+        answer: token ids, or text where the peer gives that.
+        own_rate: tokens a second by the peer's own clock, prompt left out; None where it has none.
+    """
+
+    tokens: int
+    answer: list[int] | str
+    own_rate: float | None = None
+
+
+Answer = Callable[[list[int], int], PeerAnswer]
+Calls = dict[Any, Callable[[int], Decoded | PeerAnswer]]
+Rounds = dict[Any, list[Timed[Any]]]
+
+
+def measure_peers(bench: Bench, standings: dict[Contestant, Standing] | None) -> None:
+    """Race our decoders and the peers, one question at a time.
+
+    Args:
+        bench: gets `ar_over_transformers`, `diffusion_over_llamacpp`, and the peers' own rates.
+        standings: of the throughput table at batch 1; names our fastest settings. None takes threshold 0.9 and
+            the first way to decode.
+    """
+    ours = _our_contestants(bench, standings)
+    with _peers(bench) as peers:
+        if not peers:
+            return
+        lengths = _answer_lengths(bench)
+        calls: Calls = {contestant: partial(_ask_us, bench, contestant) for contestant in ours}
+        calls |= {name: partial(_ask_peer, bench, answer, lengths) for name, answer in peers.items()}
+        with bench.calls("peers", len(calls) * (bench.plan.peer_items + 1)) as advance:
+            timed = alternate(calls, bench.plan.peer_items, on_call=advance)
+    _note(bench, ours, list(peers), timed)
+
+
+def _our_contestants(bench: Bench, standings: dict[Contestant, Standing] | None) -> list[Contestant]:
+    """AR; block diffusion at its fastest, and at its fastest where it is as often right as AR."""
+    ours: list[Contestant] = []
+    for dtype, lm in bench.models.items():
+        if can_go_one_by_one(lm):
+            ours.append((dtype, AR))
+        if not can_diffuse(lm):
+            continue
+        ar = (standings or {}).get((dtype, AR))
+        fast = fastest(standings, dtype) if standings else None
+        equal = fastest(standings, dtype, least_accuracy=ar.accuracy) if standings and ar else None
+        ours += [(dtype, setting) for setting in dict.fromkeys((fast or diffusion(0.9), equal)) if setting is not None]
+    return ours
+
+
+def _answer_lengths(bench: Bench) -> dict[int, int]:
+    """New tokens of our AR answers (item numbers as keys), so that every peer makes as many."""
+    lm = next(iter(bench.models.values()))
+    setting = AR if can_go_one_by_one(lm) else diffusion(0.9)
+    most = bench.options.max_new_tokens
+    prompts = bench.questions.prompts[: bench.plan.peer_items]
+    lengths = {number: len(ask(lm, [prompt], setting, most).answers[0]) for number, prompt in enumerate(prompts)}
+    return {WARM_UP: min(most, WARM_UP_TOKENS), **lengths}
+
+
+def _ask_us(bench: Bench, contestant: Contestant, repetition: int) -> Decoded:
+    dtype, setting = contestant
+    most = bench.options.max_new_tokens
+    if repetition == WARM_UP:
+        most = min(most, WARM_UP_TOKENS)
+    decoding = DecodingConfig(max_new_tokens=most, **setting.decoding())
+    return decode(bench.models[dtype], bench.questions.chunk_prompts(repetition, 1), decoding)
+
+
+def _ask_peer(bench: Bench, answer: Answer, lengths: dict[int, int], repetition: int) -> PeerAnswer:
+    return answer(bench.questions.chunk_prompts(repetition, 1)[0], lengths[repetition])
+
+
+@contextmanager
+def _peers(bench: Bench) -> Iterator[dict[str, Answer]]:
+    """Every peer that there is; the others are named in the findings."""
+    peers: dict[str, Answer] = {}
+    with ExitStack() as stack:
+        for dtype, lm in bench.models.items():
+            if dtype in _FLOATS:
+                peers[f"transformers {dtype}"] = partial(_transformers_answer, lm.checkpoint.model)
+            else:
+                bench.findings.skip(f"transformers {dtype}", f"transformers has no {dtype} of its own")
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fast-dllm-bench-")))
+        for name, path_of in _gguf_files(bench, folder).items():
+            try:
+                server = stack.enter_context(LlamaCpp(path_of(), bench.threads, _longest(bench)))
+            except FastDLLMError as error:
+                bench.findings.skip(name, error)
+                continue
+            peers[name] = partial(_llamacpp_answer, server)
+        yield peers
+
+
+def _longest(bench: Bench) -> int:
+    prompts = [bench.questions.warm_up, *bench.questions.prompts]
+    return max(map(len, prompts)) + bench.options.max_new_tokens
+
+
+@torch.inference_mode()
+def _transformers_answer(model: Any, prompt: list[int], tokens: int) -> PeerAnswer:
+    ids = torch.tensor([prompt], device=model.device)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        use_cache=True,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+    )
+    answer = out[0, len(prompt) :].tolist()
+    return PeerAnswer(len(answer), answer)
+
+
+def _gguf_files(bench: Bench, folder: Path) -> dict[str, Callable[[], Path]]:
+    lm = next(iter(bench.models.values()))
+    model = bench.options.model
+    return {
+        "llama.cpp, its own file": partial(gguf_of, model),
+        "llama.cpp, these weights in f16": partial(_write_these_weights, bench, lm, folder / "weights-f16.gguf"),
+    }
+
+
+def _write_these_weights(bench: Bench, lm: BlockDiffusionLM, path: Path) -> Path:
+    # Refused before the weights are loaded once more, which is done so that they are not rounded twice.
+    check_writable(lm.checkpoint.model.config, lm.tokenizer)
+    stored = BlockDiffusionLM.from_pretrained(bench.options.model, dtype="float32", backbone="hf")
+    write_f16(stored.checkpoint.model, lm.tokenizer, path)
+    return path
+
+
+def _llamacpp_answer(server: LlamaCpp, prompt: list[int], tokens: int) -> PeerAnswer:
+    reply = server.complete(prompt, tokens)
+    return PeerAnswer(reply.tokens, reply.text, reply.tokens_per_s)
+
+
+@dataclass(frozen=True)
+class _Score:
+    """How a contestant or peer did; rates in tokens a second, by repetition.
+
+    Attributes:
+        rates: by wall time, prompts included.
+        decoding: prompts left out; empty where that is not known.
+        accuracy: share of right answers.
+    """
+
+    rates: list[float]
+    decoding: list[float]
+    accuracy: float
+
+
+def _note(bench: Bench, ours: list[Contestant], peers: list[str], timed: Rounds) -> None:
+    scores = {peer: _peer_score(bench, timed[peer]) for peer in peers}
+    for peer, score in scores.items():
+        _note_peer(bench, peer, score)
+    for dtype, setting in ours:
+        own = _own_score(bench, timed[dtype, setting])
+        for peer, score in scores.items():
+            quantity = _ratio_name(setting, dtype, peer)
+            if quantity is None:
+                continue
+            about: dict[str, Any] = {
+                "threshold": setting.threshold,
+                "dtype": dtype,
+                "accuracy": own.accuracy,
+                "peer": peer,
+                "peer_accuracy": score.accuracy,
+                **setting.labels(),
+            }
+            _note_ratio(bench, quantity, own.rates, score.rates, about)
+            if score.decoding:
+                _note_ratio(bench, f"{quantity}_decoding", own.decoding, score.decoding, about)
+
+
+def _note_ratio(bench: Bench, quantity: str, own: list[float], peer: list[float], about: dict[str, Any]) -> None:
+    rates: dict[str, Any] = {"tokens_per_s": spread(own).median, "peer_tokens_per_s": spread(peer).median}
+    bench.findings.add(quantity, paired_ratios(own, peer), **about, **rates)
+
+
+def _own_score(bench: Bench, rounds: list[Timed[Decoded]]) -> _Score:
+    whole = standing([Timed(one.seconds, one.result.result) for one in rounds], bench.questions, 1)
+    return _Score(whole.rates, [one.result.tokens_per_s for one in rounds], whole.accuracy)
+
+
+def _peer_score(bench: Bench, rounds: list[Timed[PeerAnswer]]) -> _Score:
+    right = [bench.questions.is_right(number, one.result.answer) for number, one in enumerate(rounds)]
+    return _Score(
+        rates=[one.result.tokens / one.seconds for one in rounds],
+        decoding=[one.result.own_rate for one in rounds if one.result.own_rate is not None],
+        accuracy=sum(right) / len(right),
+    )
+
+
+def _ratio_name(setting: Setting, dtype: str, peer: str) -> str | None:
+    if peer.startswith("llama.cpp"):
+        return "ar_over_llamacpp" if setting.is_ar else "diffusion_over_llamacpp"
+    return "ar_over_transformers" if setting.is_ar and peer == f"transformers {dtype}" else None
+
+
+def _note_peer(bench: Bench, peer: str, score: _Score) -> None:
+    program, _, rest = peer.partition(" ")
+    more: dict[str, Any] = {}
+    if score.decoding:
+        more = {"decoding_tokens_per_s": spread(score.decoding).median, "build": system_info()}
+    dtype = rest if program == "transformers" else "as in the file"
+    bench.findings.add("peer_tokens_per_s", score.rates, dtype=dtype, accuracy=score.accuracy, peer=peer, **more)

@@ -1,0 +1,81 @@
+"""The least time a forward could take on this machine."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fast_dllm.bench.machine import Peaks
+from fast_dllm.cache import KVCache
+
+_INT8_BYTES = 1
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a forward has to move and compute.
+
+    Attributes:
+        body: weights of the decoder, the embedding left out (a forward reads a few rows of it).
+        head: weights of the LM head.
+        weight_bytes: of one weight.
+        kv_bytes: of one token's keys and values, over all layers.
+        attention_flops: of one query over one key, over all layers.
+    """
+
+    body: int
+    head: int
+    weight_bytes: int
+    kv_bytes: int
+    attention_flops: int
+
+    def bytes(self, positions: int, context: int, *, head: bool) -> int:
+        """Read by a forward: every weight once, and the K/V of context and positions."""
+        weights = self.body + (self.head if head else 0)
+        return weights * self.weight_bytes + (context + positions) * self.kv_bytes
+
+    def flops(self, positions: int, context: int, *, head: bool) -> int:
+        """Done by a forward: two for every weight and position, and attention."""
+        weights = self.body + (self.head if head else 0)
+        return 2 * weights * positions + positions * (context + positions) * self.attention_flops
+
+
+def costs_of(model: Any, cache: KVCache, dtype: str) -> Costs:
+    """Costs of a dense model.
+
+    Args:
+        model: a transformers `...ForCausalLM`.
+        cache: of its backbone.
+        dtype: of the linear layers' weights.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tied = embedding.data_ptr() == head.data_ptr() and embedding.device.type != "meta"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    outside = embedding.numel() + (0 if tied else head.numel())
+    tensors = [*cache.keys, *cache.values]
+    query_heads = model.config.get_text_config().num_attention_heads
+    widths = sum(tensor.shape[-1] for tensor in tensors)
+    return Costs(
+        body=parameters - outside,
+        head=head.numel(),
+        weight_bytes=_INT8_BYTES if dtype == "int8" else torch.empty(0, dtype=getattr(torch, dtype)).element_size(),
+        kv_bytes=sum(tensor.shape[1] * tensor.shape[-1] * tensor.element_size() for tensor in tensors),
+        # Scores cost 2 per width of a key, the weighted sum 2 per width of a value.
+        attention_flops=2 * query_heads * widths,
+    )
+
+
+def least_seconds(costs: Costs, peaks: Peaks, dtype: str, positions: int, context: int, *, head: bool) -> float:
+    """Roofline: the longer of reading and computing, in seconds.
+
+    Args:
+        costs: of the model.
+        peaks: of the machine.
+        dtype: whose matrix products are meant.
+        positions: of the forward.
+        context: tokens before them.
+        head: whether all logits are computed.
+    """
+    reading = costs.bytes(positions, context, head=head) / peaks.bandwidth
+    computing = costs.flops(positions, context, head=head) / peaks.flops[dtype]
+    return max(reading, computing)

@@ -1,0 +1,151 @@
+"""`run_bench`: load, measure table by table, print, write."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fast_dllm.api import BlockDiffusionLM
+from fast_dllm.bench.bench import Bench
+from fast_dllm.bench.figures import write_figures
+from fast_dllm.bench.findings import BenchResult, Findings
+from fast_dllm.bench.first_token import measure_first_token
+from fast_dllm.bench.growth import measure_growth
+from fast_dllm.bench.latency import measure_latency
+from fast_dllm.bench.machine import describe, measure_peaks
+from fast_dllm.bench.options import BenchOptions
+from fast_dllm.bench.peers import measure_peers
+from fast_dllm.bench.questions import ask_about
+from fast_dllm.bench.report import write_json
+from fast_dllm.bench.throughput import Contestant, Standing, measure_throughput
+from fast_dllm.demo.live import busy
+from fast_dllm.errors import FastDLLMError
+
+
+def run_bench(options: BenchOptions, *, screen: Console | None = None) -> BenchResult:
+    """Measure a model on this machine, all contestants in this one process.
+
+    Args:
+        options: what to measure.
+        screen: for progress; None is standard error.
+
+    Returns:
+        What was found; also written to `options.out`/bench.json, with figures beside it.
+
+    Raises:
+        FastDLLMError: when the model cannot be used at all, or the results cannot be written.
+    """
+    started = time.perf_counter()
+    screen = Console(stderr=True) if screen is None else screen
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if options.threads is None else options.threads)
+    try:
+        bench = _prepare(options, screen)
+        about = {**_about(bench), "table_seconds": {}}
+
+        def result(files: Sequence[str] = ()) -> BenchResult:
+            seconds = round(time.perf_counter() - started, 1)
+            return BenchResult(about, bench.findings.records, bench.findings.not_measured, seconds, files)
+
+        for name, seconds in _measure(bench):
+            about["table_seconds"][name] = seconds
+            # A long run that is interrupted leaves the tables it finished.
+            write_json(result(), options.out)
+    finally:
+        torch.set_num_threads(threads)
+    whole = result([str(path) for path in write_figures(result(), options.out, bench.findings)])
+    write_json(whole, options.out)
+    return whole
+
+
+def _prepare(options: BenchOptions, screen: Console) -> Bench:
+    _open(options.out)
+    plan, findings = options.plan(), Findings()
+    with busy(screen, f"Loading {options.model}"):
+        models = _load(options.model, plan.dtypes, findings)
+    with busy(screen, "Measuring the machine"):
+        peaks = measure_peaks(models)
+    questions = ask_about(next(iter(models.values())).tokenizer, plan.items, seed=options.seed)
+    return Bench(options, plan, models, questions, findings, peaks, screen)
+
+
+def _open(out: Path) -> None:
+    """Make the directory now, not after all that was measured for it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FastDLLMError(f"{out}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def _load(model: str, dtypes: Sequence[str], findings: Findings) -> dict[str, BlockDiffusionLM]:
+    models: dict[str, BlockDiffusionLM] = {}
+    last: FastDLLMError | None = None
+    for dtype in dtypes:
+        try:
+            models[dtype] = BlockDiffusionLM.from_pretrained(model, dtype=dtype)
+        except FastDLLMError as error:
+            last = error
+            findings.skip(f"dtype {dtype}", error)
+    if not models:
+        raise FastDLLMError(str(last)) from last
+    return models
+
+
+def _measure(bench: Bench) -> Iterator[tuple[str, float]]:
+    """Measure the chosen tables; yields the name of each, and the seconds it took."""
+    standings: dict[int, dict[Contestant, Standing]] = {}
+
+    def throughput() -> None:
+        standings.update(measure_throughput(bench))
+
+    measures: dict[str, Callable[[], None]] = {
+        "throughput": throughput,
+        "latency": lambda: measure_latency(bench),
+        "first_token": lambda: measure_first_token(bench),
+        "peers": lambda: measure_peers(bench, standings.get(1)),
+        "growth": lambda: measure_growth(bench),
+    }
+    for name, measure in measures.items():
+        if name not in bench.options.tables:
+            continue
+        started = time.perf_counter()
+        try:
+            measure()
+        except FastDLLMError as error:
+            # One table that cannot be is no reason to lose the others.
+            bench.findings.skip(name, error)
+        yield name, round(time.perf_counter() - started, 1)
+
+
+def _about(bench: Bench) -> dict[str, Any]:
+    lm = next(iter(bench.models.values()))
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "model": {
+            "name": bench.options.model,
+            "origin": lm.checkpoint.origin,
+            "block_size": lm.config.block_size,
+            "mask_token_id": lm.config.mask_token_id,
+            "context_attention": lm.config.context_attention,
+            "backbones": {dtype: _backbone(own) for dtype, own in bench.models.items()},
+        },
+        "options": bench.options.to_dict(),
+        "plan": _plain(bench.plan),
+        "machine": {**describe(), **bench.peaks.to_dict()},
+    }
+
+
+def _backbone(lm: BlockDiffusionLM) -> str:
+    kernels = getattr(lm.backbone, "kernels", None)
+    return type(lm.backbone).__name__ + ("" if kernels is None else f" ({kernels})")
+
+
+def _plain(plan: Any) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(plan).items()}

@@ -1,0 +1,159 @@
+"""Tokens a second on the held-out questions: AR and block diffusion, batch sizes, thresholds, caches, dtypes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from fast_dllm.api import BlockDiffusionLM
+from fast_dllm.bench.bench import Bench
+from fast_dllm.bench.questions import Questions
+from fast_dllm.bench.setting import AR, BLOCK_SETTINGS, Setting, can_diffuse, can_go_one_by_one, settings_for
+from fast_dllm.bench.timing import WARM_UP, WARM_UP_TOKENS, Timed, alternate, paired_ratios, spread
+from fast_dllm.generation import GenerateResult
+
+Contestant = tuple[str, Setting]
+"""dtype, and how it decodes."""
+Rounds = Sequence[Timed[GenerateResult]]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a contestant did at one batch size.
+
+    Attributes:
+        rates: tokens a second in each repetition.
+        accuracy: share of the questions answered right.
+        tokens_per_forward: in each repetition.
+        forwards: by kind, over all repetitions.
+        new_tokens: over all repetitions, nothing behind a stop token counted.
+    """
+
+    rates: list[float]
+    accuracy: float
+    tokens_per_forward: list[float]
+    forwards: dict[str, int] = field(default_factory=dict)
+    new_tokens: int = 0
+
+
+def measure_throughput(bench: Bench) -> dict[int, dict[Contestant, Standing]]:
+    """Ask every contestant every question, batch size by batch size.
+
+    Args:
+        bench: gets `ar_tokens_per_s`, `diffusion_tokens_per_s`, `diffusion_over_ar` and `tokens_per_forward`.
+
+    Returns:
+        By batch size, how each contestant did.
+    """
+    _say_what_is_missing(bench)
+    standings = {}
+    for batch in bench.plan.batches:
+        contestants = _contestants(bench, batch)
+        rounds = max(bench.plan.rounds, -(-bench.plan.items // batch))
+        standings[batch] = race(bench, contestants, batch, rounds)
+        _note(bench, batch, standings[batch])
+    return standings
+
+
+def _contestants(bench: Bench, batch: int) -> list[Contestant]:
+    ways = BLOCK_SETTINGS if batch <= bench.plan.every_way_up_to else BLOCK_SETTINGS[:1]
+    return [
+        (dtype, setting)
+        for dtype, lm in bench.models.items()
+        for setting in settings_for(lm, bench.plan.thresholds, ways)
+    ]
+
+
+def race(bench: Bench, contestants: Sequence[Contestant], batch: int, rounds: int) -> dict[Contestant, Standing]:
+    """Let contestants answer the same questions in turns.
+
+    Args:
+        bench: for its models and questions.
+        contestants: who takes part.
+        batch: prompts decoded at once.
+        rounds: repetitions, of `batch` questions each.
+    """
+    calls = {contestant: partial(_ask_round, bench, contestant, batch) for contestant in contestants}
+    with bench.calls(f"throughput, batch {batch}", len(calls) * (rounds + 1)) as advance:
+        timed = alternate(calls, rounds, on_call=advance)
+    return {contestant: standing(timed[contestant], bench.questions, batch) for contestant in contestants}
+
+
+def _ask_round(bench: Bench, contestant: Contestant, batch: int, repetition: int) -> GenerateResult:
+    dtype, setting = contestant
+    prompts = bench.questions.chunk_prompts(repetition, batch)
+    most = bench.options.max_new_tokens
+    return ask(bench.models[dtype], prompts, setting, min(most, WARM_UP_TOKENS) if repetition == WARM_UP else most)
+
+
+def ask(lm: BlockDiffusionLM, prompts: Sequence[list[int]], setting: Setting, max_new_tokens: int) -> GenerateResult:
+    """Answer prompts, all at once."""
+    return lm.generate(
+        prompts, return_dict=True, max_batch=len(prompts), max_new_tokens=max_new_tokens, **setting.decoding()
+    )
+
+
+def standing(rounds: Rounds, questions: Questions, batch: int) -> Standing:
+    """Sum up a contestant's rounds.
+
+    Args:
+        rounds: at least one.
+        questions: those asked.
+        batch: prompts decoded at once.
+    """
+    totals = [timed.result.total for timed in rounds]
+    right: dict[int, bool] = {}
+    for repetition, timed in enumerate(rounds):
+        for number, answer in zip(questions.chunk(repetition, batch), timed.result.answers, strict=True):
+            right.setdefault(number, questions.is_right(number, answer))
+    total = sum(totals[1:], start=totals[0])
+    return Standing(
+        rates=[total.new_tokens / timed.seconds for total, timed in zip(totals, rounds, strict=True)],
+        accuracy=sum(right.values()) / len(right),
+        tokens_per_forward=[total.tokens_per_forward for total in totals],
+        forwards=dict(total.forwards_by_kind),
+        new_tokens=total.new_tokens,
+    )
+
+
+def fastest(standings: dict[Contestant, Standing], dtype: str, *, least_accuracy: float = 0.0) -> Setting | None:
+    """The fastest way to decode in blocks with a dtype, among those of some accuracy."""
+    rates = {
+        setting: spread(found.rates).median
+        for (own, setting), found in standings.items()
+        if own == dtype and not setting.is_ar and found.accuracy >= least_accuracy
+    }
+    return max(rates, key=lambda setting: rates[setting]) if rates else None
+
+
+def _note(bench: Bench, batch: int, standings: dict[Contestant, Standing]) -> None:
+    for (dtype, setting), found in standings.items():
+        ar = standings.get((dtype, AR))
+        about: dict[str, Any] = {
+            "batch": batch,
+            "threshold": setting.threshold,
+            "dtype": dtype,
+            "accuracy": found.accuracy,
+            "forwards": found.forwards,
+            "new_tokens": found.new_tokens,
+            **setting.labels(),
+        }
+        findings = bench.findings
+        findings.add("tokens_per_forward", found.tokens_per_forward, **about)
+        if setting.is_ar:
+            findings.add("ar_tokens_per_s", found.rates, **about)
+            continue
+        about["ar_accuracy"] = None if ar is None else ar.accuracy
+        findings.add("diffusion_tokens_per_s", found.rates, **about)
+        if ar is not None:
+            findings.add("diffusion_over_ar", paired_ratios(found.rates, ar.rates), **about)
+
+
+def _say_what_is_missing(bench: Bench) -> None:
+    lm = next(iter(bench.models.values()))
+    if not can_diffuse(lm):
+        bench.findings.skip(
+            "block diffusion", "this model is autoregressive: it has no adapted mask token (fast-dllm adapt)"
+        )
+    if not can_go_one_by_one(lm):
+        bench.findings.skip("AR", "a full-attention model has no autoregressive mode")

@@ -1,0 +1,81 @@
+"""`fast-dllm bench`: what block diffusion gains on this machine."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from fast_dllm.errors import FastDLLMError
+
+_Value = TypeVar("_Value")
+
+
+def bench(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A directory, a LoRA adapter, a GGUF file, a hub id, or smollm2.")
+    ] = "smollm2",
+    *,
+    full: Annotated[bool, typer.Option("--full", help="All sizes, thresholds and dtypes: an hour or more.")] = False,
+    tables: Annotated[
+        str | None,
+        typer.Option(
+            "--tables", metavar="NAMES", help="Of throughput,latency,first_token,peers,growth; all by default."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where bench.json and the figures go.")] = Path(
+        "runs/bench"
+    ),
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="NAMES", help="Of float32,bfloat16,float16,int8.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads of every contestant.")] = None,
+    items: Annotated[int | None, typer.Option("--items", help="Held-out questions to ask.")] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", metavar="NUMBERS", help="Prompts decoded at once, such as 1,16.")
+    ] = None,
+    threshold: Annotated[
+        str | None, typer.Option("--threshold", metavar="NUMBERS", help="Of block diffusion, such as 0.8,0.9.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Chooses the questions.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Limit of an answer.")] = 128,
+) -> None:
+    """Measure a model on this machine: speed, accuracy, and where the time goes.
+
+    AR, block diffusion, transformers and llama.cpp take turns in one process. Prints tables, and one JSON object on
+    the last line.
+    """
+    chosen: dict[str, Any] = {} if tables is None else {"tables": _listed("tables", tables, str)}
+    from rich.console import Console
+
+    from fast_dllm.bench.options import BenchOptions
+
+    options = BenchOptions(
+        model=model,
+        full=full,
+        out=out,
+        dtypes=_listed("dtype", dtype, str),
+        threads=threads,
+        items=items,
+        batches=_listed("batch", batch, int),
+        thresholds=_listed("threshold", threshold, float),
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        **chosen,
+    )
+    from fast_dllm.bench.report import print_result, to_json
+    from fast_dllm.bench.run import run_bench
+
+    result = run_bench(options)
+    # Tables are wide; in a pipe there is no terminal whose width would limit them.
+    print_result(result, Console() if sys.stdout.isatty() else Console(width=160))
+    print(to_json(result))
+
+
+def _listed(name: str, text: str | None, kind: Callable[[str], _Value]) -> tuple[_Value, ...]:
+    parts = [] if text is None else [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return tuple(kind(part) for part in parts)
+    except ValueError:
+        raise FastDLLMError(f"--{name} {text}: must be numbers with commas between them") from None
