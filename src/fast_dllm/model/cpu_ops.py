@@ -7,6 +7,8 @@ Shape legend: T positions of all rows, R rows, I and O inputs and outputs of a l
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -72,7 +74,8 @@ class KernelLinear:
         self._weights = panels.transpose(1, 2).contiguous()
         self._bias = None if bias is None else bias.float().contiguous()
         self.outputs = outputs
-        self.c = _Linear(inputs, outputs, _pointer(self._weights), _pointer(self._scales), _pointer(self._bias))
+        self._c = _Linear(inputs, outputs, _pointer(self._weights), _pointer(self._scales), _pointer(self._bias))
+        self.reference = ctypes.byref(self._c)
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +88,7 @@ class _Plan:
     """What all layers of a forward share."""
 
     batch: ForwardBatch
-    cache: KVCache
+    slabs: Any
     cos: Tensor
     sin: Tensor
     row_starts: Tensor
@@ -112,10 +115,22 @@ class CpuOps:
         self._shape = shape
         self._attention: ContextAttention = attention
         self._int8 = int8
-        self._kernels = load_kernels()
-        self._heads = _Heads(shape.query_heads, shape.kv_heads, shape.head_dim)
-        self._plain = _Prologue(None, 0.0, 0)
-        self._gated = _Prologue(None, 0.0, 1)
+        kernels = load_kernels()
+        self._run_linear, self._run_store, self._run_attention = (
+            kernels.fast_dllm_linear,
+            kernels.fast_dllm_store,
+            kernels.fast_dllm_attention,
+        )
+        # A step is called for every layer: structures are made once, and pointers go as plain integers.
+        pointer, integer = ctypes.c_void_p, ctypes.c_int
+        self._run_linear.argtypes = [pointer] * 2 + [integer] * 2 + [pointer] * 2 + [integer] * 2
+        self._run_store.argtypes = [pointer, integer] + [pointer] * 5 + [ctypes.c_float] + [pointer] * 4 + [integer]
+        self._run_attention.argtypes = [pointer, integer] + [pointer] * 7 + [integer]
+        self._heads = ctypes.byref(_Heads(shape.query_heads, shape.kv_heads, shape.head_dim))
+        self._plain = ctypes.byref(_Prologue(None, 0.0, 0))
+        self._gated = ctypes.byref(_Prologue(None, 0.0, 1))
+        self._norms: dict[int, Any] = {}
+        self._slabs: WeakKeyDictionary[KVCache, list[Any]] = WeakKeyDictionary()
 
     def make_linear(self, weight: Tensor, bias: Tensor | None) -> KernelLinear:
         """A layer from weights [O, I] and bias [O]."""
@@ -129,7 +144,7 @@ class CpuOps:
             ends += row.visible_ends(self._attention)
         return _Plan(
             batch=batch,
-            cache=cache,
+            slabs=self._slabs_of(cache),
             cos=cos,
             sin=sin,
             row_starts=torch.tensor(starts, dtype=torch.int32),
@@ -139,7 +154,10 @@ class CpuOps:
 
     def linear(self, layer: KernelLinear, hidden: Tensor, norm: Tensor) -> Tensor:
         """A layer over normalised [T, I]: [T, O]."""
-        prologue = _Prologue(_pointer(norm), self._shape.norm_epsilon, 0)
+        pointer = norm.data_ptr()
+        prologue = self._norms.get(pointer)
+        if prologue is None:
+            prologue = self._norms[pointer] = ctypes.byref(_Prologue(pointer, self._shape.norm_epsilon, 0))
         output = torch.empty(len(hidden), layer.outputs)
         self._run(layer, prologue, hidden, output, add=False)
         return output
@@ -148,66 +166,70 @@ class CpuOps:
         """Add a layer's output to `hidden` [T, O]; gated inputs are [gate | up], of which silu(gate) * up is taken."""
         self._run(layer, self._gated if gated else self._plain, inputs, hidden, add=True)
 
-    def _run(self, layer: KernelLinear, prologue: _Prologue, inputs: Tensor, output: Tensor, *, add: bool) -> None:
-        self._kernels.fast_dllm_linear(
-            ctypes.byref(layer.c),
-            ctypes.byref(prologue),
-            int(self._int8),
+    def _run(self, layer: KernelLinear, prologue: Any, inputs: Tensor, output: Tensor, *, add: bool) -> None:
+        self._run_linear(
+            layer.reference,
+            prologue,
+            self._int8,
             len(inputs),
-            _pointer(inputs),
-            _pointer(output),
-            int(add),
+            inputs.data_ptr(),
+            output.data_ptr(),
+            add,
             torch.get_num_threads(),
         )
 
     def store(self, fused: Tensor, layer: LayerWeights, number: int, plan: _Plan) -> Tensor:
         """Write keys and values of [queries | keys | values] to the slab; the same tensor, queries rotated."""
-        keys, values = self._slabs(plan.cache, number)
-        self._kernels.fast_dllm_store(
-            ctypes.byref(self._heads),
+        keys, values = plan.slabs[number]
+        self._run_store(
+            self._heads,
             len(fused),
-            _pointer(fused),
-            _pointer(plan.cos),
-            _pointer(plan.sin),
+            fused.data_ptr(),
+            plan.cos.data_ptr(),
+            plan.sin.data_ptr(),
             _pointer(layer.query_norm),
             _pointer(layer.key_norm),
-            ctypes.c_float(self._shape.norm_epsilon),
-            _pointer(plan.batch.slots),
-            _pointer(plan.batch.positions),
-            ctypes.byref(keys),
-            ctypes.byref(values),
+            self._shape.norm_epsilon,
+            plan.batch.slots.data_ptr(),
+            plan.batch.positions.data_ptr(),
+            keys,
+            values,
             plan.threads,
         )
         return fused
 
     def attend(self, queries: Tensor, number: int, plan: _Plan) -> Tensor:
         """Attention of every row over its slot, from what `store` returned: [T, heads * E]."""
-        keys, values = self._slabs(plan.cache, number)
+        keys, values = plan.slabs[number]
         output = torch.empty(len(queries), self._shape.query_heads * self._shape.head_dim)
-        self._kernels.fast_dllm_attention(
-            ctypes.byref(self._heads),
+        self._run_attention(
+            self._heads,
             len(plan.batch.rows),
-            _pointer(plan.row_starts),
-            _pointer(plan.batch.slots),
-            _pointer(plan.ends),
-            _pointer(queries),
-            ctypes.byref(keys),
-            ctypes.byref(values),
-            _pointer(output),
+            plan.row_starts.data_ptr(),
+            plan.batch.slots.data_ptr(),
+            plan.ends.data_ptr(),
+            queries.data_ptr(),
+            keys,
+            values,
+            output.data_ptr(),
             plan.threads,
         )
         return output
 
-    def _slabs(self, cache: KVCache, number: int) -> tuple[_Slab, _Slab]:
-        keys, values = cache.keys[number], cache.values[number]
-        return (
-            _Slab(_pointer(keys), keys.stride(0), keys.stride(1)),
-            _Slab(_pointer(values), values.stride(0), values.stride(1)),
-        )
+    def _slabs_of(self, cache: KVCache) -> list[Any]:
+        """(keys, values) of every layer."""
+        slabs = self._slabs.get(cache)
+        if slabs is None:
+            slabs = [
+                tuple(ctypes.byref(_Slab(slab.data_ptr(), slab.stride(0), slab.stride(1))) for slab in pair)
+                for pair in zip(cache.keys, cache.values, strict=True)
+            ]
+            self._slabs[cache] = slabs
+        return slabs
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _up(count: int, multiple: int) -> int:

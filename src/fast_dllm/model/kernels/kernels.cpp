@@ -14,6 +14,9 @@
 #include <cstring>
 #include <vector>
 
+// Loops over arrays that are to stay in registers.
+#define UNROLL _Pragma("GCC unroll 16")
+
 namespace {
 
 typedef float Floats __attribute__((vector_size(64)));
@@ -72,8 +75,8 @@ struct Int8 {
   // Weights are stored plus 128, since the instruction wants one unsigned side; `undo` takes that out again.
   template <int rows>
   static void step(Sum (&acc)[rows][kVectors], const __m512i* weights, const Input* inputs, int stride) {
-    for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < kVectors; ++v)
+    UNROLL for (int r = 0; r < rows; ++r)
+      UNROLL for (int v = 0; v < kVectors; ++v)
         acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], weights[v], _mm512_set1_epi32(inputs[r * stride]));
   }
   static __m512 result(Sum acc, int32_t undo) {
@@ -107,12 +110,12 @@ struct BFloat16 {
   template <int rows>
   static void step(Sum (&acc)[rows][kVectors], const __m512i* weights, const Input* inputs, int stride) {
     __m512 even[kVectors], odd[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
+    UNROLL for (int v = 0; v < kVectors; ++v) {
       even[v] = _mm512_castsi512_ps(_mm512_slli_epi32(weights[v], 16));
       odd[v] = _mm512_castsi512_ps(_mm512_and_si512(weights[v], _mm512_set1_epi32(int(0xffff0000))));
     }
-    for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < kVectors; ++v) {
+    UNROLL for (int r = 0; r < rows; ++r)
+      UNROLL for (int v = 0; v < kVectors; ++v) {
         acc[r][v] = _mm512_fmadd_ps(even[v], _mm512_set1_ps(inputs[r * stride]), acc[r][v]);
         acc[r][v] = _mm512_fmadd_ps(odd[v], _mm512_set1_ps(inputs[r * stride + 1]), acc[r][v]);
       }
@@ -167,14 +170,18 @@ template <class Kind, int rows>
 void panel(const typename Kind::Input* inputs, int units, const __m512i* weights, const float* scales,
            const int32_t* undo, const Linear& layer, int first, float* out, bool add) {
   typename Kind::Sum acc[rows][kVectors];
-  for (auto& row : acc)
-    for (auto& v : row) v = Kind::zero();
+  UNROLL for (int r = 0; r < rows; ++r)
+    UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = Kind::zero();
   const int stride = units * Kind::kInputsPerUnit;
   for (int u = 0; u < units; ++u, weights += kVectors, inputs += Kind::kInputsPerUnit) {
     __m512i w[kVectors];
-    for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(weights + v);
+    UNROLL for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(weights + v);
     Kind::template step<rows>(acc, w, inputs, stride);
   }
+  // What follows indexes the sums, and what is indexed lives in memory: a copy, or the loop above would run there too.
+  typename Kind::Sum sums[rows][kVectors];
+  UNROLL for (int r = 0; r < rows; ++r)
+    UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = acc[r][v];
   for (int v = 0; v < kVectors; ++v) {
     const int output = first + v * kLanes, left = layer.outputs - output;
     if (left <= 0) break;
@@ -184,7 +191,7 @@ void panel(const typename Kind::Input* inputs, int units, const __m512i* weights
     for (int r = 0; r < rows; ++r) {
       float* to = out + int64_t(r) * layer.outputs + output;
       const __m512 by = _mm512_mul_ps(scale, _mm512_set1_ps(scales[r]));
-      __m512 value = _mm512_fmadd_ps(Kind::result(acc[r][v], undo[r]), by, bias);
+      __m512 value = _mm512_fmadd_ps(Kind::result(sums[r][v], undo[r]), by, bias);
       if (add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(valid, to));
       _mm512_mask_storeu_ps(to, valid, value);
     }
@@ -269,13 +276,13 @@ void convert(const uint16_t* from, int keys, float* to) {
 // Sixteen sums at once: lane i of the result is the sum of v[i].
 inline __m512 sums(const __m512* v) {
   __m512 pairs[8], fours[4], halves[2];
-  for (int i = 0; i < 8; ++i)
+  UNROLL for (int i = 0; i < 8; ++i)
     pairs[i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
-  for (int i = 0; i < 4; ++i) {
+  UNROLL for (int i = 0; i < 4; ++i) {
     const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
     fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
   }
-  for (int i = 0; i < 2; ++i)
+  UNROLL for (int i = 0; i < 2; ++i)
     halves[i] = _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88) +
                 _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd);
   return _mm512_shuffle_f32x4(halves[0], halves[1], 0x88) + _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd);
@@ -290,7 +297,7 @@ void score(const float* from, const float* tile, int keys, float* scores) {
   for (int v = 0; v < V; ++v) query[v] = load(from + v * kLanes) * scale;
   for (int k = 0; k < keys; k += kLanes) {  // what lies behind the last key is overwritten by the softmax
     __m512 products[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
+    UNROLL for (int i = 0; i < kLanes; ++i) {
       Floats product = query[0] * load(tile + (k + i) * E);
       for (int v = 1; v < V; ++v) product += query[v] * load(tile + (k + i) * E + v * kLanes);
       products[i] = (__m512)product;
@@ -323,15 +330,15 @@ template <int E, int count>
 void weigh(const float* scores, int stride, const float* tile, int keys, float* const* outputs) {
   constexpr int V = E / kLanes;
   Floats acc[count][V];
-  for (int q = 0; q < count; ++q)
-    for (int v = 0; v < V; ++v) acc[q][v] = load(outputs[q] + v * kLanes);
+  UNROLL for (int q = 0; q < count; ++q)
+    UNROLL for (int v = 0; v < V; ++v) acc[q][v] = load(outputs[q] + v * kLanes);
   for (int k = 0; k < keys; ++k)
-    for (int v = 0; v < V; ++v) {
+    UNROLL for (int v = 0; v < V; ++v) {
       const Floats value = load(tile + k * E + v * kLanes);
-      for (int q = 0; q < count; ++q) acc[q][v] += scores[q * stride + k] * value;
+      UNROLL for (int q = 0; q < count; ++q) acc[q][v] += scores[q * stride + k] * value;
     }
-  for (int q = 0; q < count; ++q)
-    for (int v = 0; v < V; ++v) store(outputs[q] + v * kLanes, acc[q][v]);
+  UNROLL for (int q = 0; q < count; ++q)
+    UNROLL for (int v = 0; v < V; ++v) store(outputs[q] + v * kLanes, acc[q][v]);
 }
 
 // Some queries of one row that share a K/V head. `ends`: each sees the keys before its own end.
@@ -383,7 +390,10 @@ void attention(const Heads& heads, int rows, const int32_t* row_starts, const in
 #pragma omp parallel num_threads(threads)
   {
     thread_local std::vector<float> buffer;
-    buffer.resize(std::max<size_t>(buffer.size(), size_t(kQueries) * stride + kTile * E));
+    buffer.resize(std::max<size_t>(buffer.size(), size_t(kQueries) * stride + kTile * E + kLanes));
+    // Whole cache lines: a vector that straddles two costs two loads.
+    auto* tile = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
+    float* scores = tile + kTile * E;
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < total; ++i) {
       const Item item = all[i];
@@ -400,8 +410,7 @@ void attention(const Heads& heads, int rows, const int32_t* row_starts, const in
       }
       const int64_t slot = slots[start];
       attend<E>(queries, outputs, own_ends, item.count, keys.data + slot * keys.slot + item.head * keys.head,
-                values.data + slot * values.slot + item.head * values.head, buffer.data(), stride,
-                buffer.data() + size_t(kQueries) * stride);
+                values.data + slot * values.slot + item.head * values.head, scores, stride, tile);
     }
   }
 }
