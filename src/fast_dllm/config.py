@@ -117,11 +117,13 @@ class DecodingConfig(_FromMapping):
         seed: of this request's own random generator.
         stop_token_ids: None takes the checkpoint's; () never stops early.
         stop_strings: the answer ends before the first of them (needs a tokenizer).
-        sub_block_cache: "none" recomputes the whole block at each step (exact); "dual" recomputes the
-            sub-block only (DualCache); "prefix" the sub-block and all after it in the block.
-        cache_refresh: when a whole-block forward renews a sub-block cache. "published": whenever the
-            sub-block's first position is still masked; "sub-block": once per sub-block; "block": once
-            per block. The last two forward the position before the sub-block too (token shift).
+        sub_block_cache: "dual" recomputes the sub-block only (DualCache); "prefix" the sub-block and all after it
+            in the block; "none" the whole block at each step (exact). None takes "dual", and "none" for
+            full-attention models.
+        cache_refresh: when a whole-block forward renews a sub-block cache. "block": once per block; "sub-block":
+            once per sub-block. These two forward the position before the sub-block too (token shift), and what the
+            forward before revealed. "published": whenever the sub-block's first position is still masked. None
+            takes "block", and "sub-block" for full-attention models (Algorithm 1).
         fused_commit: commit a finished block and take the first look at the next one in one forward. Its first
             token is then chosen with those beside it, not before them.
 
@@ -141,8 +143,8 @@ class DecodingConfig(_FromMapping):
     seed: int = 0
     stop_token_ids: tuple[int, ...] | None = None
     stop_strings: tuple[str, ...] = ()
-    sub_block_cache: SubBlockCache = "none"
-    cache_refresh: CacheRefresh = "sub-block"
+    sub_block_cache: SubBlockCache | None = None
+    cache_refresh: CacheRefresh | None = None
     fused_commit: bool = False
 
     def __post_init__(self) -> None:
@@ -165,9 +167,21 @@ class DecodingConfig(_FromMapping):
             _require_int("stop_token_ids", token, 0)
         strings = isinstance(self.stop_strings, tuple) and all(isinstance(s, str) and s for s in self.stop_strings)
         _require(strings, f"stop_strings={self.stop_strings!r}: must be a tuple of non-empty strings")
-        _require_choice("sub_block_cache", self.sub_block_cache, SubBlockCache)
-        _require_choice("cache_refresh", self.cache_refresh, CacheRefresh)
+        if self.sub_block_cache is not None:
+            _require_choice("sub_block_cache", self.sub_block_cache, SubBlockCache)
+        if self.cache_refresh is not None:
+            _require_choice("cache_refresh", self.cache_refresh, CacheRefresh)
         _require(isinstance(self.fused_commit, bool), f"fused_commit={self.fused_commit!r}: must be true or false")
+
+    def caching(self, model: BlockDiffusionConfig) -> tuple[SubBlockCache, CacheRefresh]:
+        """How this request uses a sub-block cache on a model."""
+        full = model.context_attention == "full"
+        cache: SubBlockCache = "none" if full else "dual"
+        refresh: CacheRefresh = "sub-block" if full else "block"
+        return (
+            cache if self.sub_block_cache is None else self.sub_block_cache,
+            refresh if self.cache_refresh is None else self.cache_refresh,
+        )
 
     def layout(self, model: BlockDiffusionConfig, canvas: int) -> tuple[int, int]:
         """Block and sub-block size of this request on a model.

@@ -1,6 +1,7 @@
 """When a whole-block forward renews the sub-block cache, and what each kind of forward runs over."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -95,12 +96,28 @@ def test_query_tokens_of_each_kind_of_forward(cache, refresh, shift):
     for event in events:
         if event.kind is not ForwardKind.SUB_BLOCK:
             assert event.query_tokens == 32
+    last = ()
     for event, sub_start, _ in replay(events, 45):
         if event.kind is ForwardKind.SUB_BLOCK:
-            # The window of S + 1: where the shifted logit of the first token stands, inside the block.
-            before = int(shift and refresh != "published" and sub_start % BLOCK > 0)
+            start = sub_start
+            if refresh != "published" and sub_start % BLOCK > 0:
+                # Where the shifted logit of the first token stands, and what the forward before revealed.
+                start = min(sub_start - shift, *last, sub_start)
             width = SUB if cache == "dual" else BLOCK - sub_start % BLOCK
-            assert event.query_tokens == width + before
+            assert event.query_tokens == width + sub_start - start
+        last = event.positions
+
+
+@shifts
+def test_what_was_revealed_last_is_recomputed_in_the_next_sub_block(shift):
+    """Its K/V are still a mask's: the window reaches back to it, under every rule but the published one."""
+    _, events = run(45, shift=shift, refresh="block", threshold=0.95)
+    crossings = 0
+    for before, event in pairwise(events):
+        if event.kind is ForwardKind.SUB_BLOCK and min(before.positions) // SUB != min(event.positions) // SUB:
+            crossings += 1
+            assert event.query_tokens > SUB + shift
+    assert crossings > 3
 
 
 def test_no_cache_runs_whole_blocks_only():

@@ -82,7 +82,7 @@ class DecodeState:
         self.prompt_length = len(prompt)
         self.limit = self.prompt_length + decoding.max_new_tokens
         self.block_size, self._sub_size = decoding.layout(model, self.limit)
-        self._decoding = decoding
+        self._cache, self._refresh = decoding.caching(model)
         self._shift = 1 if model.token_shift else 0
         own_stops = decoding.stop_token_ids
         self._stops = frozenset(stop_token_ids if own_stops is None else own_stops)
@@ -97,6 +97,7 @@ class DecodeState:
         self._fuses = decoding.fused_commit and self.block_size > 1
         self._sub_start = 0
         self._refreshed_at: int | None = None
+        self._stale_from = 0
         self.settled = self.prompt_length
         self.finish: FinishReason | None = None
         self.reveal_step: list[int] = []
@@ -156,6 +157,7 @@ class DecodeState:
         self.reveal_step += [-1] * fresh
         self.confidences += [0.0] * fresh
         self._refreshed_at = None
+        self._stale_from = self.block_end
         self._sub_start = self.block_start + self._sub_origin
         self._skip_finished_sub_blocks()
 
@@ -200,10 +202,11 @@ def next_forward(state: DecodeState, prefill_chunk: int | None = None) -> Forwar
         alone = bool(state._shift)
         return Forward(ForwardKind.COMMIT_BLOCK, state.committed, end, end, state.block_start, candidates, alone)
     start = state._sub_start
-    if state._decoding.cache_refresh != "published":
-        # The window takes in the position before it, where the shifted logit of its first token stands.
-        start = max(start - state._shift, state.block_start)
-    stop = end if state._decoding.sub_block_cache == "prefix" else state._sub_end()
+    if state._refresh != "published":
+        # The window takes in the position before it, where the shifted logit of its first token stands, and what was
+        # revealed last: those K/V are still a mask's.
+        start = max(min(start - state._shift, state._stale_from), state.block_start)
+    stop = end if state._cache == "prefix" else state._sub_end()
     return Forward(ForwardKind.SUB_BLOCK, start, stop, end, state.block_start, candidates)
 
 
@@ -232,9 +235,9 @@ def _block_done(state: DecodeState) -> bool:
 
 
 def _needs_refresh(state: DecodeState) -> bool:
-    if state._decoding.sub_block_cache == "none" or state._refreshed_at is None:
+    if state._cache == "none" or state._refreshed_at is None:
         return True
-    rule = state._decoding.cache_refresh
+    rule = state._refresh
     if rule == "published":
         return state.ids[state._sub_start] is None
     return rule == "sub-block" and state._refreshed_at != state._sub_start
@@ -265,6 +268,7 @@ def absorb(state: DecodeState, forward: Forward, request: int, revealed: Sequenc
         state.ids[position] = token
         state.reveal_step[position - state.prompt_length] = step
         state.confidences[position - state.prompt_length] = confidence
+    state._stale_from = min((position for position, _, _ in revealed), default=state.block_end)
     if state.committed >= state._prefill_end:
         state._skip_finished_sub_blocks()
     _settle(state)

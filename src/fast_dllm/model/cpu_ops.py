@@ -122,7 +122,8 @@ class CpuOps:
             kernels.fast_dllm_attention,
         )
         # A step is called for every layer: structures are made once, and pointers go as plain integers.
-        pointer, integer = ctypes.c_void_p, ctypes.c_int
+        pointer: Any = ctypes.c_void_p
+        integer: Any = ctypes.c_int
         self._run_linear.argtypes = [pointer] * 2 + [integer] * 2 + [pointer] * 2 + [integer] * 2
         self._run_store.argtypes = [pointer, integer] + [pointer] * 5 + [ctypes.c_float] + [pointer] * 4 + [integer]
         self._run_attention.argtypes = [pointer, integer] + [pointer] * 7 + [integer]
