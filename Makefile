@@ -38,10 +38,12 @@ format: install  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-model: install  ## train the model in the box again (100 minutes of training)
+model: install  ## train the model in the box again (about three hours)
 	$(BIN)/fast-dllm adapt --recipe recipes/smollm2-1-autoregressive.json --out runs/smollm2/autoregressive
 	$(BIN)/fast-dllm adapt --recipe recipes/smollm2-2-block-diffusion.json --out runs/smollm2/block-diffusion
-	$(BIN)/python recipes/package_smollm2.py runs/smollm2/block-diffusion
+	$(BIN)/fast-dllm adapt --recipe recipes/smollm2-3-more-block-diffusion.json --out runs/smollm2/more-block-diffusion
+	$(BIN)/fast-dllm adapt --recipe recipes/smollm2-4-cool-down.json --out runs/smollm2/cool-down
+	$(BIN)/python recipes/package_smollm2.py runs/smollm2/cool-down
 
 clean:  ## remove what was installed and what runs left
 	rm -rf $(VENV) runs dist
