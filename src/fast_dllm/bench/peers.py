@@ -226,7 +226,9 @@ def _peer_score(bench: Bench, rounds: list[Timed[PeerAnswer]]) -> _Score:
 def _ratio_name(setting: Setting, dtype: str, peer: str) -> str | None:
     if peer.startswith("llama.cpp"):
         return "ar_over_llamacpp" if setting.is_ar else "diffusion_over_llamacpp"
-    return "ar_over_transformers" if setting.is_ar and peer == f"transformers {dtype}" else None
+    # Transformers has no int8 of its own: the weights that it would be run with instead are bfloat16.
+    theirs = "bfloat16" if dtype == "int8" else dtype
+    return "ar_over_transformers" if setting.is_ar and peer == f"transformers {theirs}" else None
 
 
 def _note_peer(bench: Bench, peer: str, score: _Score) -> None:
