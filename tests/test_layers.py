@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fast_dllm"
 # Rooms from the ground up, and what each may import besides errors.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "spread": set(),
     "config": set(),
     "masks": {"config"},
     "noise": {"config"},
@@ -28,8 +29,9 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"checkpoint", "config", "data", "masks", "model", "noise", "objective"},
     "streaming": {"decoding", "engine", "text"},
     "api": {"checkpoint", "config", "generation", "masks", "model", "streaming", "text"},
-    "demo": {"api", "checkpoint", "config", "data", "decoding", "generation", "text", "training"},
+    "demo": {"spread", "api", "checkpoint", "config", "data", "decoding", "generation", "text", "training"},
     "bench": {
+        "spread",
         "api",
         "cache",
         "checkpoint",

@@ -1,10 +1,15 @@
 """Tiny random models, one per architecture, and a tokenizer that fits them."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from fast_dllm.checkpoint import add_mask_token, save_checkpoint
+from fast_dllm.checkpoint.checkpoint import AUTOREGRESSIVE, Checkpoint
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
@@ -81,3 +86,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def save_tiny(directory: Path, *, adapted: bool) -> str:
+    """Save a tiny SmolLM2 with its tokenizer: a plain AR model, or one with a mask token and blocks of 16."""
+    checkpoint = Checkpoint(
+        model=tiny_model("smollm2", vocab_size=64),
+        tokenizer=tiny_tokenizer(),
+        config=AUTOREGRESSIVE,
+        stop_token_ids=(3,),
+        origin="a test",
+    )
+    if adapted:
+        add_mask_token(checkpoint)
+        checkpoint.config = replace(checkpoint.config, block_size=16, context_attention="block")
+    save_checkpoint(checkpoint, directory)
+    return str(directory)

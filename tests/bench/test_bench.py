@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -19,30 +18,14 @@ from fast_dllm.bench.questions import ask_about
 from fast_dllm.bench.setting import AR, BLOCK_SETTINGS, diffusion
 from fast_dllm.bench.throughput import ask, standing
 from fast_dllm.bench.timing import Timed
-from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, add_mask_token, save_checkpoint
 from fast_dllm.cli import main
 from fast_dllm.errors import FastDLLMError
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny, tiny_tokenizer
 
 STOP = 3
 ITEMS = 2
 BATCHES = [1, 3]
 THREADS = torch.get_num_threads()
-
-
-def save_tiny(directory, *, adapted):
-    checkpoint = Checkpoint(
-        model=tiny_model("smollm2", vocab_size=64),
-        tokenizer=tiny_tokenizer(),
-        config=AUTOREGRESSIVE,
-        stop_token_ids=(STOP,),
-        origin="a test",
-    )
-    if adapted:
-        add_mask_token(checkpoint)
-        checkpoint.config = replace(checkpoint.config, block_size=16, context_attention="block")
-    save_checkpoint(checkpoint, directory)
-    return str(directory)
 
 
 def options_for(model, out, **chosen):

@@ -3,7 +3,8 @@
 import pytest
 
 from fast_dllm.bench.findings import CHECKED_KEYS, BenchResult, Findings
-from fast_dllm.bench.timing import WARM_UP, alternate, paired_ratios, spread
+from fast_dllm.bench.timing import WARM_UP, alternate, paired_ratios
+from fast_dllm.spread import spread
 
 
 def called_by_alternate(names, repetitions):

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from decoding_cases import MASK, Case, decode, decodings, models, prompts, tokens
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
+from fast_dllm.model.hf import HFBackbone
+from fast_dllm.model.native import NativeBackbone
 
 
 @st.composite
@@ -23,10 +25,20 @@ def ragged_batches(draw):
 @settings(max_examples=60)
 @given(ragged_batches())
 def test_row_in_a_ragged_batch_equals_the_row_alone(batch):
-    cases, max_batch = batch
-    together = decode(cases[0], [case.prompt for case in cases], [case.decoding for case in cases], max_batch=max_batch)
+    assert_rows_are_as_alone(*batch, kind=HFBackbone)
+
+
+@settings(max_examples=200)
+@given(ragged_batches())
+def test_row_in_a_ragged_batch_of_the_native_backbone_equals_the_row_alone(batch):
+    assert_rows_are_as_alone(*batch, kind=NativeBackbone)
+
+
+def assert_rows_are_as_alone(cases, max_batch, kind):
+    prompts, settings = [case.prompt for case in cases], [case.decoding for case in cases]
+    together = decode(cases[0], prompts, settings, kind, max_batch=max_batch)
     for row, case in enumerate(cases):
-        alone = case.decode()
+        alone = case.decode(kind=kind)
         assert together.answers[row] == alone.answers[0]
         assert together.finish[row] == alone.finish[0]
         assert together.reveal_steps[row] == alone.reveal_steps[0]

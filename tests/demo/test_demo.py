@@ -8,14 +8,13 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, add_mask_token, save_checkpoint
 from fast_dllm.demo import compare, live, run, run_demo
 from fast_dllm.demo.live import live_options
 from fast_dllm.demo.picture import colour_of, loss_chart, reveal_picture
 from fast_dllm.demo.report import render_html
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.callbacks import RunClock
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny
 
 VOID = {"meta", "br", "hr", "input", "link", "img"}
 QUESTIONS = 3
@@ -51,21 +50,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
-
-
-def save_tiny(directory, *, adapted):
-    checkpoint = Checkpoint(
-        model=tiny_model("smollm2", vocab_size=64),
-        tokenizer=tiny_tokenizer(),
-        config=AUTOREGRESSIVE,
-        stop_token_ids=(3,),
-        origin="a test",
-    )
-    if adapted:
-        add_mask_token(checkpoint)
-        checkpoint.config = replace(checkpoint.config, block_size=16, context_attention="block")
-    save_checkpoint(checkpoint, directory)
-    return str(directory)
 
 
 def _losses(log):

@@ -5,13 +5,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.bench.findings import Findings
 from fast_dllm.bench.machine import Peaks
 from fast_dllm.bench.options import BenchOptions, Plan
 from fast_dllm.bench.questions import Questions
+from fast_dllm.bench.timing import PAUSE_S, Key, Result, Timed, alternate
+from fast_dllm.demo.live import progress_columns
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,21 @@ class Bench:
         Yields:
             What to call after each.
         """
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.screen, disable=not self.screen.is_terminal, transient=True) as progress:
+        shown = self.screen.is_terminal
+        with Progress(*progress_columns(), console=self.screen, disable=not shown, transient=True) as progress:
             task = progress.add_task(what, total=total)
             yield lambda: progress.advance(task)
+
+    def race(
+        self, what: str, contestants: Mapping[Key, Callable[[int], Result]], repetitions: int, pause_s: float = PAUSE_S
+    ) -> dict[Key, list[Timed[Result]]]:
+        """`timing.alternate` with a progress bar.
+
+        Args:
+            what: is being measured.
+            contestants: as for `alternate`.
+            repetitions: 1 or more.
+            pause_s: rest before each call, in seconds.
+        """
+        with self.calls(what, len(contestants) * (repetitions + 1)) as advance:
+            return alternate(contestants, repetitions, on_call=advance, pause_s=pause_s)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fast_dllm.bench.timing import spread
+from fast_dllm.spread import spread
 
 Record = dict[str, Any]
 

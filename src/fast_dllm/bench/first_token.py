@@ -4,12 +4,11 @@ from functools import partial
 
 from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.bench.bench import Bench
-from fast_dllm.bench.setting import BLOCK_SETTINGS, Setting, settings_for
-from fast_dllm.bench.timing import WARM_UP, alternate
+from fast_dllm.bench.setting import Setting, usual_ways
+from fast_dllm.bench.timing import WARM_UP, WARM_UP_PROMPT
 from fast_dllm.config import DecodingConfig
 
 _NEW_TOKENS = 64
-_WARM_UP_PROMPT = 64
 
 
 def measure_first_token(bench: Bench) -> None:
@@ -22,11 +21,9 @@ def measure_first_token(bench: Bench) -> None:
     calls = {
         (length, dtype, setting): partial(_first_token, lm, bench.questions.long_prompt(length), setting)
         for length in bench.lengths("first token", plan.prompt_lengths, room=_NEW_TOKENS)
-        for dtype, lm in bench.models.items()
-        for setting in settings_for(lm, plan.thresholds[-1:], BLOCK_SETTINGS[:1])
+        for dtype, lm, setting in usual_ways(bench.models, plan.thresholds[-1])
     }
-    with bench.calls("first token", len(calls) * (plan.first_token_rounds + 1)) as advance:
-        timed = alternate(calls, plan.first_token_rounds, on_call=advance)
+    timed = bench.race("first token", calls, plan.first_token_rounds)
     for (length, dtype, setting), rounds in timed.items():
         bench.findings.add(
             "first_token_s",
@@ -42,7 +39,7 @@ def measure_first_token(bench: Bench) -> None:
 def _first_token(lm: BlockDiffusionLM, prompt: list[int], setting: Setting, repetition: int) -> int:
     """Decode up to the first final token; returns the forwards it took."""
     if repetition == WARM_UP:
-        prompt = prompt[-_WARM_UP_PROMPT:]
+        prompt = prompt[-WARM_UP_PROMPT:]
     decoding = DecodingConfig(max_new_tokens=_NEW_TOKENS, **setting.decoding())
     forwards = 0
     for event in lm.stream(prompt, decoding):

@@ -6,11 +6,9 @@ from functools import partial
 from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.bench.bench import Bench
 from fast_dllm.bench.decode import Decoded, decode
-from fast_dllm.bench.setting import BLOCK_SETTINGS, Setting, settings_for
-from fast_dllm.bench.timing import WARM_UP, alternate
+from fast_dllm.bench.setting import Setting, usual_ways
+from fast_dllm.bench.timing import WARM_UP, WARM_UP_PROMPT
 from fast_dllm.config import DecodingConfig
-
-_WARM_UP_PROMPT = 64
 
 
 def measure_growth(bench: Bench) -> None:
@@ -23,11 +21,9 @@ def measure_growth(bench: Bench) -> None:
     calls = {
         (context, batch, dtype, setting): partial(_decode, bench, lm, context, batch, setting)
         for context, batch in dict.fromkeys(_sizes(bench))
-        for dtype, lm in bench.models.items()
-        for setting in settings_for(lm, plan.thresholds[-1:], BLOCK_SETTINGS[:1])
+        for dtype, lm, setting in usual_ways(bench.models, plan.thresholds[-1])
     }
-    with bench.calls("growth", len(calls) * (plan.growth_rounds + 1)) as advance:
-        timed = alternate(calls, plan.growth_rounds, on_call=advance)
+    timed = bench.race("growth", calls, plan.growth_rounds)
     for (context, batch, dtype, setting), rounds in timed.items():
         found = [one.result for one in rounds]
         bench.findings.add(
@@ -52,6 +48,6 @@ def _sizes(bench: Bench) -> Iterator[tuple[int, int]]:
 
 
 def _decode(bench: Bench, lm: BlockDiffusionLM, context: int, batch: int, setting: Setting, repetition: int) -> Decoded:
-    prompt = bench.questions.long_prompt(_WARM_UP_PROMPT if repetition == WARM_UP else context)
+    prompt = bench.questions.long_prompt(WARM_UP_PROMPT if repetition == WARM_UP else context)
     decoding = DecodingConfig(max_new_tokens=bench.plan.growth_tokens, stop_token_ids=(), **setting.decoding())
     return decode(lm, [prompt] * batch, decoding)

@@ -9,7 +9,6 @@ from fast_dllm.bench.breakdown import shares
 from fast_dllm.bench.findings import Record
 from fast_dllm.bench.forward import Context, fill
 from fast_dllm.bench.roofline import Costs, costs_of, least_seconds
-from fast_dllm.bench.timing import alternate
 
 _PROFILED = 3
 _ROOFLINE_POSITIONS = 8
@@ -44,9 +43,8 @@ def _measure_at(bench: Bench, contexts: dict[str, Context]) -> None:
         for head in (True, False)
     }
     length = next(iter(contexts.values())).length
-    with bench.calls(f"forwards at context {length}", len(calls) * (plan.forward_rounds + 1)) as advance:
-        # Bare forwards are short: a pause before each would let caches and clocks cool down.
-        timed = alternate(calls, plan.forward_rounds, on_call=advance, pause_s=0)
+    # Bare forwards are short: a pause before each would let caches and clocks cool down.
+    timed = bench.race(f"forwards at context {length}", calls, plan.forward_rounds, pause_s=0)
     for case, rounds in timed.items():
         record = _note(bench, contexts[case[0]], case, [one.seconds for one in rounds])
         if record["head"]:

@@ -17,9 +17,10 @@ from fast_dllm.bench.gguf_file import check_writable, gguf_of, write_f16
 from fast_dllm.bench.llamacpp import LlamaCpp, system_info
 from fast_dllm.bench.setting import AR, Setting, can_diffuse, can_go_one_by_one, diffusion
 from fast_dllm.bench.throughput import Contestant, Standing, ask, fastest, standing
-from fast_dllm.bench.timing import WARM_UP, WARM_UP_TOKENS, Timed, alternate, paired_ratios, spread
+from fast_dllm.bench.timing import WARM_UP, WARM_UP_TOKENS, Timed, paired_ratios
 from fast_dllm.config import DecodingConfig
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.spread import spread
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -59,8 +60,7 @@ def measure_peers(bench: Bench, standings: dict[Contestant, Standing] | None) ->
         lengths = _answer_lengths(bench)
         calls: Calls = {contestant: partial(_ask_us, bench, contestant) for contestant in ours}
         calls |= {name: partial(_ask_peer, bench, answer, lengths) for name, answer in peers.items()}
-        with bench.calls("peers", len(calls) * (bench.plan.peer_items + 1)) as advance:
-            timed = alternate(calls, bench.plan.peer_items, on_call=advance)
+        timed = bench.race("peers", calls, bench.plan.peer_items)
     _note(bench, ours, list(peers), timed)
 
 

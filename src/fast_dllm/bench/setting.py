@@ -1,6 +1,6 @@
 """The ways to decode that are compared."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,3 +81,12 @@ def settings_for(
     if can_diffuse(lm):
         ways += [diffusion(threshold, chosen) for threshold in thresholds for chosen in block_settings]
     return ways
+
+
+def usual_ways(
+    models: Mapping[str, BlockDiffusionLM], threshold: float
+) -> Iterator[tuple[str, BlockDiffusionLM, Setting]]:
+    """(dtype, model, setting) of AR and of the default block diffusion, for every model."""
+    for dtype, lm in models.items():
+        for setting in settings_for(lm, [threshold], BLOCK_SETTINGS[:1]):
+            yield dtype, lm, setting

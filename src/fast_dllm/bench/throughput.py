@@ -9,8 +9,9 @@ from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.bench.bench import Bench
 from fast_dllm.bench.questions import Questions
 from fast_dllm.bench.setting import AR, BLOCK_SETTINGS, Setting, can_diffuse, can_go_one_by_one, settings_for
-from fast_dllm.bench.timing import WARM_UP, WARM_UP_TOKENS, Timed, alternate, paired_ratios, spread
+from fast_dllm.bench.timing import WARM_UP, WARM_UP_TOKENS, Timed, paired_ratios
 from fast_dllm.generation import GenerateResult
+from fast_dllm.spread import spread
 
 Contestant = tuple[str, Setting]
 """dtype, and how it decodes."""
@@ -74,8 +75,7 @@ def race(bench: Bench, contestants: Sequence[Contestant], batch: int, rounds: in
         rounds: repetitions, of `batch` questions each.
     """
     calls = {contestant: partial(_ask_round, bench, contestant, batch) for contestant in contestants}
-    with bench.calls(f"throughput, batch {batch}", len(calls) * (rounds + 1)) as advance:
-        timed = alternate(calls, rounds, on_call=advance)
+    timed = bench.race(f"throughput, batch {batch}", calls, rounds)
     return {contestant: standing(timed[contestant], bench.questions, batch) for contestant in contestants}
 
 

@@ -1,6 +1,5 @@
-"""Fair clocks: contestants take turns within every repetition; medians with their middle half."""
+"""Fair clocks: contestants take turns within every repetition."""
 
-import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,11 @@ WARM_UP = -1
 WARM_UP_TOKENS = 16
 """New tokens at most that a decoder warms up with."""
 
+WARM_UP_PROMPT = 64
+"""Prompt tokens at most that a decoder warms up with."""
+
 # Worker threads spin for some milliseconds after their work. The next contestant's are not to compete with them.
-_PAUSE_S = 0.01
+PAUSE_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -32,27 +34,12 @@ class Timed(Generic[Result]):
     result: Result
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Many values in brief.
-
-    Attributes:
-        median: of the values.
-        low: first quartile.
-        high: third quartile.
-    """
-
-    median: float
-    low: float
-    high: float
-
-
 def alternate(
     contestants: Mapping[Key, Callable[[int], Result]],
     repetitions: int,
     *,
     on_call: Callable[[], None] | None = None,
-    pause_s: float = _PAUSE_S,
+    pause_s: float = PAUSE_S,
 ) -> dict[Key, list[Timed[Result]]]:
     """Let contestants take turns: every one once in each repetition, the first another each time.
 
@@ -83,18 +70,6 @@ def alternate(
             if on_call is not None:
                 on_call()
     return timed
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles.
-
-    Args:
-        values: at least one.
-    """
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, low, high)
 
 
 def paired_ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:

@@ -7,15 +7,14 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from fast_dllm.cli.options import ModelArgument
 from fast_dllm.errors import FastDLLMError
 
 _Value = TypeVar("_Value")
 
 
 def bench(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory, a LoRA adapter, a GGUF file, a hub id, or smollm2.")
-    ] = "smollm2",
+    model: ModelArgument = "smollm2",
     *,
     full: Annotated[bool, typer.Option("--full", help="All sizes, thresholds and dtypes: an hour or more.")] = False,
     tables: Annotated[

@@ -1,19 +1,20 @@
 """The same questions to the same weights, one token at a time and in blocks."""
 
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.config import DecodingConfig
 from fast_dllm.data.tasks import Item, is_correct
+from fast_dllm.demo.live import progress_columns
+from fast_dllm.spread import spread
 from fast_dllm.text import ChatText
 
 Mode = Literal["ar", "diffusion"]
@@ -102,14 +103,7 @@ def compare(model: BlockDiffusionLM, items: Sequence[Item], warm_up: Item, conso
         A pair of answers for each item.
     """
     table = _table()
-    progress = Progress(
-        TextColumn("questions"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    progress = Progress(*progress_columns(), console=console)
     task = progress.add_task("questions", total=len(items))
     pairs: list[Pair] = []
     with Live(Group(table, progress), console=console, refresh_per_second=4, transient=True):
@@ -188,24 +182,17 @@ def totals(pairs: Sequence[Pair]) -> dict[str, Any]:
         questions) and tokens_per_s_quartiles, each by mode, and speedup, the ratio of the medians.
     """
     answers = {mode: [pair.of(mode) for pair in pairs] for mode in MODES}
-    rates = {mode: [answer.tokens_per_s for answer in answers[mode]] for mode in MODES}
-    medians = {mode: statistics.median(rates[mode]) for mode in MODES}
+    briefs = {mode: spread([answer.tokens_per_s for answer in answers[mode]]) for mode in MODES}
+    medians = {mode: brief.median for mode, brief in briefs.items()}
     return {
         "accuracy": {mode: sum(a.correct for a in answers[mode]) / len(pairs) for mode in MODES},
         "tokens_per_forward": {
             mode: sum(a.new_tokens for a in answers[mode]) / sum(a.forwards for a in answers[mode]) for mode in MODES
         },
         "tokens_per_s": medians,
-        "tokens_per_s_quartiles": {mode: _quartiles(rates[mode]) for mode in MODES},
+        "tokens_per_s_quartiles": {mode: [brief.low, brief.high] for mode, brief in briefs.items()},
         "speedup": medians["diffusion"] / medians["ar"],
     }
-
-
-def _quartiles(values: Sequence[float]) -> list[float]:
-    if len(values) == 1:
-        return [values[0], values[0]]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [low, high]
 
 
 def print_totals(report: dict[str, Any], console: Console) -> None:
@@ -215,10 +202,10 @@ def print_totals(report: dict[str, Any], console: Console) -> None:
         table.add_column(name, justify="right" if name else "left")
     count = len(report["questions"])
     accuracy, per_forward = report["accuracy"], report["tokens_per_forward"]
-    rates, spread = report["tokens_per_s"], report["tokens_per_s_quartiles"]
+    rates, halves = report["tokens_per_s"], report["tokens_per_s_quartiles"]
     table.add_row("right", *(f"{round(accuracy[mode] * count)} of {count}" for mode in MODES))
     table.add_row("tokens per forward", *(f"{per_forward[mode]:.2f}" for mode in MODES))
     table.add_row("tokens/s, median", *(f"{rates[mode]:.1f}" for mode in MODES))
-    table.add_row("tokens/s, middle half", *(f"{spread[mode][0]:.1f} to {spread[mode][1]:.1f}" for mode in MODES))
+    table.add_row("tokens/s, middle half", *(f"{halves[mode][0]:.1f} to {halves[mode][1]:.1f}" for mode in MODES))
     console.print(table)
     console.print(f"Speed of block diffusion over AR: [bold]{report['speedup']:.2f}x[/bold]")

@@ -53,7 +53,7 @@ class Scheduler:
         while number < len(self.running):  # preemption shortens it from the end
             request = self.running[number]
             if self._grow(request, preempted):
-                self._add(request)
+                self.plan(request)
             number += 1
         return preempted
 
@@ -77,8 +77,21 @@ class Scheduler:
         return request
 
     def plan(self, request: Request) -> None:
-        """Plan the forward of a newcomer, which has its slot by now."""
-        self._add(request)
+        """Plan a request's forward; a prefill only while there is room in this tick, though one always runs.
+
+        Args:
+            request: running; a newcomer has its slot by now.
+        """
+        forward = next_forward(request.state, self._prefill_chunk)
+        assert forward is not None, "a request that has ended is retired at once"
+        if forward.kind is ForwardKind.PREFILL:
+            positions = forward.end - forward.start
+            if self._prefilling and positions > self._prefill_room:
+                self._prefill_room = 0
+                return
+            self._prefilling = True
+            self._prefill_room -= positions
+        self._rows.append(Row(request, forward))
 
     def rows(self) -> list[Row]:
         """What runs in this tick, in order of (query length, slot).
@@ -117,16 +130,3 @@ class Scheduler:
             preempted.append(youngest)
         self._hold(request, request.state.block_end)
         return True
-
-    def _add(self, request: Request) -> None:
-        """Plan a forward; a prefill only while there is room in this tick, though one always runs."""
-        forward = next_forward(request.state, self._prefill_chunk)
-        assert forward is not None, "a request that has ended is retired at once"
-        if forward.kind is ForwardKind.PREFILL:
-            positions = forward.end - forward.start
-            if self._prefilling and positions > self._prefill_room:
-                self._prefill_room = 0
-                return
-            self._prefilling = True
-            self._prefill_room -= positions
-        self._rows.append(Row(request, forward))

@@ -77,11 +77,6 @@ class KernelLinear:
         self._c = _Linear(inputs, outputs, _pointer(self._weights), _pointer(self._scales), _pointer(self._bias))
         self.reference = ctypes.byref(self._c)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that one forward reads."""
-        return self._weights.nbytes
-
 
 @dataclass(frozen=True)
 class _Plan:

@@ -98,7 +98,8 @@ class HFBackbone:
         Returns:
             [N, vocabulary], float32 or the model's dtype if wider.
         """
-        hidden = torch.cat([self._rows_of_one_length(batch, *run, cache) for run in batch.runs(side_by_side=False)])
+        parts = [self._rows_of_one_length(batch, *run, cache) for run in batch.runs(side_by_side=False)]
+        hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
         logits = head_logits(self.model, hidden[batch.read])
         return logits if logits.dtype == torch.float64 else logits.float()
 
