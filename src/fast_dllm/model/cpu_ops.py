@@ -6,6 +6,7 @@ Shape legend: T positions of all rows, R rows, I and O inputs and outputs of a l
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -147,6 +148,24 @@ class CpuOps:
             ends=torch.tensor(ends, dtype=torch.int32),
             threads=torch.get_num_threads(),
         )
+
+    def layers(self, layers: Sequence[LayerWeights], hidden: Tensor, plan: _Plan) -> Tensor:
+        """All layers, over the embedded positions [T, H], which are overwritten; what comes out at `read`: [N, H]."""
+        read = plan.batch.read
+        last = len(layers) - 1
+        for number, layer in enumerate(layers):
+            fused = self.linear(layer.qkv, hidden, layer.attention_norm)
+            queries = self.store(fused, layer, number, plan)
+            if number == last and not len(read):
+                return hidden[:0]
+            attended = self.attend(queries, number, plan)
+            if number == last:
+                # Nothing behind the last layer's K/V depends on positions that nobody reads.
+                attended, hidden = attended[read], hidden[read]
+            self.add_linear(layer.out, attended, hidden)
+            gate_up = self.linear(layer.gate_up, hidden, layer.mlp_norm)
+            self.add_linear(layer.down, gate_up, hidden, gated=True)
+        return hidden
 
     def linear(self, layer: KernelLinear, hidden: Tensor, norm: Tensor) -> Tensor:
         """A layer over normalised [T, I]: [T, O]."""

@@ -106,20 +106,9 @@ class NativeBackbone:
         """
         ops, weights = self._ops, self._weights
         plan = ops.plan(batch, cache, self._cos, self._sin)
-        hidden = F.embedding(batch.input_ids, weights.embedding)
-        last = len(weights.layers) - 1
-        for number, layer in enumerate(weights.layers):
-            fused = ops.linear(layer.qkv, hidden, layer.attention_norm)
-            queries = ops.store(fused, layer, number, plan)
-            if number == last and not len(batch.read):
-                return hidden.new_empty(0, self.shape.vocabulary)
-            attended = ops.attend(queries, number, plan)
-            if number == last:
-                # Nothing behind the last layer's K/V depends on positions that nobody reads.
-                attended, hidden = attended[batch.read], hidden[batch.read]
-            ops.add_linear(layer.out, attended, hidden)
-            gate_up = ops.linear(layer.gate_up, hidden, layer.mlp_norm)
-            ops.add_linear(layer.down, gate_up, hidden, gated=True)
+        hidden: Tensor = ops.layers(weights.layers, F.embedding(batch.input_ids, weights.embedding), plan)
+        if not len(batch.read):
+            return hidden.new_empty(0, self.shape.vocabulary)
         logits: Tensor = ops.linear(weights.head, hidden, weights.final_norm)
         return logits if logits.dtype == torch.float64 else logits.float()
 

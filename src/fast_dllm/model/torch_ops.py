@@ -4,6 +4,7 @@ Shape legend: T positions of all rows, R rows of a group, Q positions of a row, 
 and outputs of a linear layer, G query heads per K/V head, E width of a head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,24 @@ class TorchOps:
         """Prepare a forward; `cos` and `sin` are [positions, E / 2]."""
         cos, sin = cos[batch.positions, None], sin[batch.positions, None]
         return _Plan(batch, cache, self._groups(batch), torch.cat([cos, cos], dim=-1), sin)
+
+    def layers(self, layers: Sequence[LayerWeights], hidden: Tensor, plan: _Plan) -> Tensor:
+        """All layers, over the embedded positions [T, H], which are overwritten; what comes out at `read`: [N, H]."""
+        read = plan.batch.read
+        last = len(layers) - 1
+        for number, layer in enumerate(layers):
+            fused = self.linear(layer.qkv, hidden, layer.attention_norm)
+            queries = self.store(fused, layer, number, plan)
+            if number == last and not len(read):
+                return hidden[:0]
+            attended = self.attend(queries, number, plan)
+            if number == last:
+                # Nothing behind the last layer's K/V depends on positions that nobody reads.
+                attended, hidden = attended[read], hidden[read]
+            self.add_linear(layer.out, attended, hidden)
+            gate_up = self.linear(layer.gate_up, hidden, layer.mlp_norm)
+            self.add_linear(layer.down, gate_up, hidden, gated=True)
+        return hidden
 
     def linear(self, layer: Linear, hidden: Tensor, norm: Tensor) -> Tensor:
         """A layer over normalised [T, I]: [T, O]."""
