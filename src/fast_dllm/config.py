@@ -126,6 +126,12 @@ class DecodingConfig(_FromMapping):
             takes "block", and "sub-block" for full-attention models (Algorithm 1).
         fused_commit: commit a finished block and take the first look at the next one in one forward. Its first
             token is then chosen with those beside it, not before them.
+        verify: take a finished block as a draft, and compare it, in the forward that commits it, with what the model
+            itself says token by token; the first token that differs is replaced, and what follows is decoded again. So
+            the answer is that of autoregressive decoding, sampled ones included, whatever the policy: it decides
+            only how many forwards it takes. Needs causal context attention (and a model trained with an AR loss, or
+            autoregressive answers are not good); commits are fused. The idea of drafting and verifying with one
+            model, in one forward: TiDAR (arXiv 2511.08923).
 
     """
 
@@ -146,6 +152,7 @@ class DecodingConfig(_FromMapping):
     sub_block_cache: SubBlockCache | None = None
     cache_refresh: CacheRefresh | None = None
     fused_commit: bool = False
+    verify: bool = False
 
     def __post_init__(self) -> None:
         _require_int("max_new_tokens", self.max_new_tokens, 1)
@@ -171,7 +178,24 @@ class DecodingConfig(_FromMapping):
             _require_choice("sub_block_cache", self.sub_block_cache, SubBlockCache)
         if self.cache_refresh is not None:
             _require_choice("cache_refresh", self.cache_refresh, CacheRefresh)
-        _require(isinstance(self.fused_commit, bool), f"fused_commit={self.fused_commit!r}: must be true or false")
+        for name in ("fused_commit", "verify"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name}={value!r}: must be true or false")
+
+    def verifies(self, model: BlockDiffusionConfig) -> bool:
+        """Whether this request checks its blocks against the model's autoregressive answer.
+
+        Raises:
+            FastDLLMError: when the model has no autoregressive answer.
+
+        """
+        has_answer = model.context_attention == "causal" and model.token_shift
+        _require(
+            has_answer or not self.verify,
+            "verify=True: only a model with token shift and causal context attention has an autoregressive answer to "
+            "compare with; leave it out, or adapt with --context-attention causal --ar-weight 0.5",
+        )
+        return self.verify
 
     def caching(self, model: BlockDiffusionConfig) -> tuple[SubBlockCache, CacheRefresh]:
         """How this request uses a sub-block cache on a model."""

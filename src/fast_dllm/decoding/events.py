@@ -32,6 +32,8 @@ class Event:
         tokens: the ids revealed.
         confidences: the model's confidence in each.
         settled: absolute position up to which every token is now final; what lies before it may be shown as text.
+        withdrawn: drafted tokens that it took back, when a draft is verified: the one at `positions[0]`, for which it
+            reveals another, and all behind it.
         finish: why the request ended, with its last event.
     """
 
@@ -43,6 +45,7 @@ class Event:
     tokens: tuple[int, ...]
     confidences: tuple[float, ...]
     settled: int
+    withdrawn: int = 0
     finish: FinishReason | None = None
 
 
@@ -54,6 +57,7 @@ class Statistics:
         forwards_by_kind: forwards that the request took part in.
         query_tokens_by_kind: positions that they ran over.
         revealed_tokens: tokens revealed, those behind the stop token included.
+        withdrawn_tokens: of these, drafts that verification took back.
         new_tokens: tokens of the answer: no masks, no padding, nothing behind the stop token (which counts).
         reused_tokens: positions whose K/V a prefill did not have to compute, the cache holding them already. When a
             preempted request comes back they count again, as the positions of its prefill do.
@@ -62,6 +66,7 @@ class Statistics:
     forwards_by_kind: Counter[str] = field(default_factory=Counter)
     query_tokens_by_kind: Counter[str] = field(default_factory=Counter)
     revealed_tokens: int = 0
+    withdrawn_tokens: int = 0
     new_tokens: int = 0
     reused_tokens: int = 0
 
@@ -80,12 +85,14 @@ class Statistics:
         self.forwards_by_kind[event.kind.value] += 1
         self.query_tokens_by_kind[event.kind.value] += event.query_tokens
         self.revealed_tokens += len(event.tokens)
+        self.withdrawn_tokens += event.withdrawn
 
     def __add__(self, other: "Statistics") -> "Statistics":
         return Statistics(
             self.forwards_by_kind + other.forwards_by_kind,
             self.query_tokens_by_kind + other.query_tokens_by_kind,
             self.revealed_tokens + other.revealed_tokens,
+            self.withdrawn_tokens + other.withdrawn_tokens,
             self.new_tokens + other.new_tokens,
             self.reused_tokens + other.reused_tokens,
         )

@@ -6,6 +6,7 @@ Shape legend: L positions, V vocabulary, N masked positions of a sub-block.
 """
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -70,20 +71,23 @@ def reference_generate(
     limit = len(prompt) + decoding.max_new_tokens
     block_size, sub_size = decoding.layout(config, limit)
     stops = set(stop_token_ids if decoding.stop_token_ids is None else decoding.stop_token_ids)
-    generator = torch.Generator().manual_seed(decoding.seed)
+    # A position's token is sampled by the same draw at each look: random numbers belong to positions.
+    source = random.Random(decoding.seed)
+    draws = [source.random() for _ in range(limit + block_size)]
     sequence: list[int | None] = list(prompt)
 
     def ended() -> list[int] | None:
         return _final_answer(sequence, len(prompt), limit, stops)
 
     full = config.context_attention == "full"
-    first_block = block_start = 0 if full else len(prompt) // block_size * block_size
+    block_start = 0 if full else len(prompt) // block_size * block_size
+    fused = decoding.fused_commit and block_size > 1
     while True:
-        fused = decoding.fused_commit and block_size > 1 and block_start > first_block
         if config.token_shift and 0 < block_start == len(sequence) and not fused:
             # The last clean position predicts the first token of the block.
             logits = logits_of(torch.tensor([sequence]), block_start)[-1:]
-            sequence.append(_choose(logits, config, decoding, generator)[0][0])
+            draw = draws[len(sequence) - len(prompt)]
+            sequence.append(_choose(logits, config, decoding, [draw])[0][0])
             if (answer := ended()) is not None:
                 return answer
         block_end = block_start + block_size
@@ -94,7 +98,8 @@ def reference_generate(
                 ids = [config.mask_token_id if token is None else token for token in sequence]
                 logits = logits_of(torch.tensor([ids]), block_start)
                 read = [i - 1 if config.token_shift else i for i in masked]
-                tokens, confidences = _choose(logits[read], config, decoding, generator)
+                uniform = [draws[i - len(prompt)] for i in masked]
+                tokens, confidences = _choose(logits[read], config, decoding, uniform)
                 if fused and config.token_shift and masked[0] == block_start:
                     # The first look at a block, in the forward that commits the one before it.
                     revealed = [0, *(1 + rest for rest in _reveal(confidences[1:], decoding))]
@@ -120,10 +125,9 @@ def _final_answer(sequence: list[int | None], prompt_length: int, limit: int, st
 
 
 def _choose(
-    logits: Tensor, config: BlockDiffusionConfig, decoding: DecodingConfig, generator: torch.Generator
+    logits: Tensor, config: BlockDiffusionConfig, decoding: DecodingConfig, uniform: Sequence[float]
 ) -> tuple[list[int], list[float]]:
     """Token and confidence of each row of logits [N, V]."""
-    uniform = torch.rand(len(logits), generator=generator).tolist() if decoding.temperature > 0 else [0.0] * len(logits)
     tokens, confidences = [], []
     for row, draw in zip(logits, uniform, strict=True):
         if decoding.temperature > 0:

@@ -16,7 +16,7 @@ class SamplingParameters(NamedTuple):
         temperature: [N], above 0.
         top_k: int64 [N], 0 keeps all.
         top_p: [N].
-        uniform: [N], draws from U(0, 1), made by each request's own generator.
+        uniform: [N], draws from U(0, 1).
     """
 
     temperature: Tensor

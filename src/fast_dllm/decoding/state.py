@@ -11,6 +11,9 @@ from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
 from fast_dllm.decoding.events import Event, FinishReason, ForwardKind, Statistics
 from fast_dllm.errors import FastDLLMError
 
+Revealed = tuple[int, int, float]
+"""(position, token, confidence) of a token that a row reveals."""
+
 
 @dataclass(frozen=True, slots=True)
 class Forward:
@@ -23,7 +26,9 @@ class Forward:
         visible_end: end of the keys it may look at.
         noisy_from: start of the noisy block; `visible_end` in a clean forward.
         candidates: positions whose token it predicts.
-        first_alone: the policy does not weigh the first candidate against the others; it is revealed in any case.
+        certain: so many of the first candidates the policy does not weigh against the others: they are revealed in
+            any case.
+        prefilled: so many of the first positions are run for their K/V alone.
     """
 
     kind: ForwardKind
@@ -32,13 +37,14 @@ class Forward:
     visible_end: int
     noisy_from: int
     candidates: tuple[int, ...]
-    first_alone: bool = False
+    certain: int = 0
+    prefilled: int = 0
 
     @property
     def decisions(self) -> list[int]:
         """How many candidates each decision of the policy is about, in their order."""
-        counts = [1, len(self.candidates) - 1] if self.first_alone else [len(self.candidates)]
-        return [count for count in counts if count]
+        weighed = len(self.candidates) - self.certain
+        return [1] * self.certain + ([weighed] if weighed else [])
 
 
 class DecodeState:
@@ -51,7 +57,8 @@ class DecodeState:
         committed: tokens whose final K/V are in the cache.
         block_start: start of the current block; ahead of `committed` where a finished block is to be committed
             together with the first look at the next one.
-        settled: position up to which no token is masked.
+        verifies: whether a block is a draft until the model, reading it token by token, has said the same.
+        settled: position up to which every token is final.
         finish: why it ended, or None.
         reveal_step: per new token, the forward that revealed it.
         confidences: per new token.
@@ -87,14 +94,18 @@ class DecodeState:
         own_stops = decoding.stop_token_ids
         self._stops = frozenset(stop_token_ids if own_stops is None else own_stops)
         whole_canvas = model.context_attention == "full"
+        self.verifies = self.block_size > 1 and decoding.verifies(model)
+        # Where no block goes beyond: a draft that is refused may let the next one begin anywhere.
+        self._horizon = self.limit if self.verifies else self.capacity
         # Windows of Algorithm 1 tile the answer; sub-blocks tile the block.
         self._sub_origin = self.prompt_length if whole_canvas else 0
-        self._prefill_end = 0 if whole_canvas else self.prompt_length // self.block_size * self.block_size
+        whole_blocks = self.prompt_length // self.block_size * self.block_size
+        self._prefill_end = 0 if whole_canvas else self.prompt_length if self.verifies else whole_blocks
         # A chunk of a prefill ends with a block, unless tokens look only at what came before them.
         self._chunk_unit = 1 if model.context_attention == "causal" else self.block_size
         self.committed = 0
         self.block_start = self._prefill_end
-        self._fuses = decoding.fused_commit and self.block_size > 1
+        self._fuses = (decoding.fused_commit or self.verifies) and self.block_size > 1
         self._sub_start = 0
         self._refreshed_at: int | None = None
         self._stale_from = 0
@@ -103,18 +114,18 @@ class DecodeState:
         self.reveal_step: list[int] = []
         self.confidences: list[float] = []
         self.statistics = Statistics()
-        if self._prefill_end == 0:
+        if self._prefill_end == 0 or self._fuses:
             self._open_block()
 
     @property
     def block_end(self) -> int:
         """End of the current block."""
-        return self.block_start + self.block_size
+        return min(self.block_start + self.block_size, self._horizon)
 
     @property
     def capacity(self) -> int:
-        """Positions that the request may ever write to: its limit, rounded up to whole blocks."""
-        return -(-self.limit // self.block_size) * self.block_size
+        """Positions that the request may ever write to: its limit, rounded up to whole blocks if blocks are aligned."""
+        return self.limit if self.verifies else -(-self.limit // self.block_size) * self.block_size
 
     def prefill_ids(self) -> list[int]:
         """Ids of the positions that are to be committed before the first block is opened."""
@@ -161,6 +172,10 @@ class DecodeState:
         self._sub_start = self.block_start + self._sub_origin
         self._skip_finished_sub_blocks()
 
+    def _truncate(self, end: int) -> None:
+        """Forget the tokens of positions from `end` on."""
+        del self.ids[end:], self.reveal_step[end - self.prompt_length :], self.confidences[end - self.prompt_length :]
+
     def _sub_end(self) -> int:
         return min(self._sub_start + self._sub_size, self.block_end)
 
@@ -190,17 +205,16 @@ def next_forward(state: DecodeState, prefill_chunk: int | None = None) -> Forwar
     if state.finish is not None:
         return None
     if state.committed < state._prefill_end:
-        return _clean_forward(state, ForwardKind.PREFILL, _chunk_end(state, prefill_chunk))
+        end = _chunk_end(state, prefill_chunk)
+        if end < state._prefill_end or not state._fuses:
+            return _clean_forward(state, ForwardKind.PREFILL, end)
+    if state.verifies and state.block_end - state.block_start <= 1:
+        return _last_check(state)
     if _block_done(state):
         return _clean_forward(state, ForwardKind.COMMIT, state.block_end)
-    candidates = state._masked()
-    end = state.block_end
     if _needs_refresh(state):
-        if state.committed == state.block_start:
-            return Forward(ForwardKind.BLOCK, state.committed, end, end, state.block_start, candidates)
-        # Under token shift the block's first token is predicted by the last committed one, here and never again.
-        alone = bool(state._shift)
-        return Forward(ForwardKind.COMMIT_BLOCK, state.committed, end, end, state.block_start, candidates, alone)
+        return _block_forward(state)
+    candidates, end = state._masked(), state.block_end
     start = state._sub_start
     if state._refresh != "published":
         # The window takes in the position before it, where the shifted logit of its first token stands, and what was
@@ -227,7 +241,54 @@ def _chunk_end(state: DecodeState, prefill_chunk: int | None) -> int:
 def _clean_forward(state: DecodeState, kind: ForwardKind, end: int) -> Forward:
     # Under token shift the last position of a clean block predicts the first token of the next.
     predicts_next = state._shift and end == state.settled
-    return Forward(kind, state.committed, end, end, end, (end,) if predicts_next else ())
+    return Forward(
+        kind, state.committed, end, end, end, (end,) if predicts_next else (), prefilled=_prefilled(state, end)
+    )
+
+
+def _block_forward(state: DecodeState) -> Forward:
+    """A look at the whole block; what stands before it and is not committed yet is committed by it."""
+    candidates, end = state._masked(), state.block_end
+    if state.committed == state.block_start:
+        return Forward(ForwardKind.BLOCK, state.committed, end, end, state.block_start, candidates)
+    drafted = _unchecked(state, state.block_start)
+    # Under token shift the block's first token is predicted by the last committed one, here and never again.
+    follows = state._shift and candidates[0] == state.block_start
+    return Forward(
+        ForwardKind.COMMIT_BLOCK,
+        state.committed,
+        end,
+        end,
+        state.block_start,
+        (*drafted, *candidates),
+        certain=len(drafted) + follows,
+        prefilled=_prefilled(state, end),
+    )
+
+
+def _last_check(state: DecodeState) -> Forward:
+    """Verify a draft of which at most one token is missing: the forward that checks it predicts that one too."""
+    end = state.block_end - 1
+    drafted = _unchecked(state, state.block_end)
+    return Forward(
+        ForwardKind.COMMIT,
+        state.committed,
+        end,
+        end,
+        end,
+        drafted,
+        certain=len(drafted),
+        prefilled=_prefilled(state, end),
+    )
+
+
+def _unchecked(state: DecodeState, end: int) -> tuple[int, ...]:
+    """Positions before `end` whose token is a draft; the first token of a draft is not: the model itself said it."""
+    return tuple(range(state.settled, end)) if state.verifies else ()
+
+
+def _prefilled(state: DecodeState, end: int) -> int:
+    return max(min(end, state._prefill_end) - state.committed, 0)
 
 
 def _block_done(state: DecodeState) -> bool:
@@ -243,7 +304,7 @@ def _needs_refresh(state: DecodeState) -> bool:
     return rule == "sub-block" and state._refreshed_at != state._sub_start
 
 
-def absorb(state: DecodeState, forward: Forward, request: int, revealed: Sequence[tuple[int, int, float]]) -> Event:
+def absorb(state: DecodeState, forward: Forward, request: int, revealed: Sequence[Revealed]) -> Event:
     """Take in what a forward brought.
 
     Args:
@@ -256,20 +317,17 @@ def absorb(state: DecodeState, forward: Forward, request: int, revealed: Sequenc
         The event that tells of it.
     """
     step = state.statistics.forwards
-    if forward.kind in (ForwardKind.PREFILL, ForwardKind.COMMIT):
-        state.committed = forward.end
-        if state.committed >= state._prefill_end:
-            state.block_start = max(state.block_start, state.committed)
-            state._open_block()
-    elif forward.kind is not ForwardKind.SUB_BLOCK:
-        state.committed = state.block_start
-        state._refreshed_at = state._sub_start
-    for position, token, confidence in revealed:
+    accepted, withdrawn = _check(state, revealed)
+    if not withdrawn:
+        _advance(state, forward)
+    for position, token, confidence in accepted:
         state.ids[position] = token
         state.reveal_step[position - state.prompt_length] = step
         state.confidences[position - state.prompt_length] = confidence
-    state._stale_from = min((position for position, _, _ in revealed), default=state.block_end)
+    state._stale_from = min((position for position, _, _ in accepted), default=state.block_end)
     if state.committed >= state._prefill_end:
+        if state.verifies:
+            _end_draft_at_stop(state)
         state._skip_finished_sub_blocks()
     _settle(state)
     if state._fuses and state.finish is None and state.committed == state.block_start and _block_done(state):
@@ -280,10 +338,11 @@ def absorb(state: DecodeState, forward: Forward, request: int, revealed: Sequenc
         kind=forward.kind,
         query_tokens=forward.end - forward.start,
         step=step,
-        positions=tuple(position for position, _, _ in revealed),
-        tokens=tuple(token for _, token, _ in revealed),
-        confidences=tuple(confidence for _, _, confidence in revealed),
+        positions=tuple(position for position, _, _ in accepted),
+        tokens=tuple(token for _, token, _ in accepted),
+        confidences=tuple(confidence for _, _, confidence in accepted),
         settled=state.settled,
+        withdrawn=withdrawn,
         finish=state.finish,
     )
     state.statistics.count(event)
@@ -291,9 +350,58 @@ def absorb(state: DecodeState, forward: Forward, request: int, revealed: Sequenc
     return event
 
 
+def _advance(state: DecodeState, forward: Forward) -> None:
+    """Move the borders that a forward moves by having run."""
+    if forward.kind in (ForwardKind.PREFILL, ForwardKind.COMMIT):
+        state.committed = forward.end
+        if state.committed >= state._prefill_end:
+            state.block_start = max(state.block_start, state.committed)
+            state._open_block()
+    elif forward.kind is not ForwardKind.SUB_BLOCK:
+        state.committed = state.block_start
+        state._refreshed_at = state._sub_start
+
+
+def _check(state: DecodeState, revealed: Sequence[Revealed]) -> tuple[list[Revealed], int]:
+    """Compare a draft with what the model says of it.
+
+    At the first difference the model's token takes the draft's place, and a new block begins with it: what was
+    drafted or looked at behind it rested on the other token.
+
+    Returns:
+        What is new among the revealed, and how many drafted tokens were withdrawn.
+    """
+    new = []
+    for position, token, confidence in revealed:
+        if position >= state.block_start:
+            new.append((position, token, confidence))
+        elif state.ids[position] != token:
+            withdrawn = state.block_start - position
+            state.committed = state.block_start = position
+            state._horizon = state.limit
+            state._truncate(position)
+            state._open_block()
+            return [(position, token, confidence)], withdrawn
+    return new, 0
+
+
+def _end_draft_at_stop(state: DecodeState) -> None:
+    """Drop what stands behind a drafted stop token with no mask before it; nothing is drafted there while it stands."""
+    for position in range(state.block_start, state.block_end):
+        token = state.ids[position]
+        if token is None:
+            return
+        if token in state._stops:
+            state._horizon = position + 1
+            state._truncate(position + 1)
+            return
+
+
 def _settle(state: DecodeState) -> None:
     """Move the border of what is final; end at a stop token with no mask before it, or at the limit."""
-    while state.settled < state.limit and state.settled < len(state.ids):
+    # Of a draft, the first token is the model's own: the forward that committed those before it predicted it.
+    end = min(state.committed + 1, state.limit) if state.verifies else state.limit
+    while state.settled < min(end, len(state.ids)):
         token = state.ids[state.settled]
         if token is None:
             return

@@ -10,11 +10,9 @@ from fast_dllm.cache import KVCache
 from fast_dllm.config import BlockDiffusionConfig, ConfidenceMeasure, DecodingConfig
 from fast_dllm.decoding.policy import PolicyParameters, select
 from fast_dllm.decoding.sampling import SamplingParameters, greedy, sample
+from fast_dllm.decoding.state import Revealed
 from fast_dllm.engine.request import Row
 from fast_dllm.model.backbone import Backbone, ForwardBatch, RowSpan
-
-Revealed = list[tuple[int, int, float]]
-"""(position, token, confidence) of each token that a row reveals."""
 
 
 class Executor:
@@ -25,7 +23,7 @@ class Executor:
         self._config = config
 
     @torch.inference_mode()
-    def run(self, rows: list[Row], cache: KVCache) -> list[Revealed]:
+    def run(self, rows: list[Row], cache: KVCache) -> list[list[Revealed]]:
         """One forward.
 
         Args:
@@ -104,16 +102,15 @@ class Executor:
 
     def _sampling(self, rows: list[Row]) -> SamplingParameters:
         settings = [row.request.decoding for row in rows for _ in row.forward.candidates]
-        # Each row draws from its own generator, so that its draws do not depend on the batch.
-        draws = [torch.rand(len(row.forward.candidates), generator=row.request.generator) for row in rows]
+        draws = [row.request.draw(position) for row in rows for position in row.forward.candidates]
         return SamplingParameters(
             temperature=self._tensor([s.temperature for s in settings], torch.float32),
             top_k=self._tensor([s.top_k for s in settings]),
             top_p=self._tensor([s.top_p for s in settings], torch.float32),
-            uniform=torch.cat(draws).to(self._backbone.device, non_blocking=True),
+            uniform=self._tensor(draws, torch.float32),
         )
 
-    def _reveal(self, rows: list[Row], tokens: Tensor, confidence: Tensor) -> list[Revealed]:
+    def _reveal(self, rows: list[Row], tokens: Tensor, confidence: Tensor) -> list[list[Revealed]]:
         """Apply each row's policy; the one place where a tick waits for the device."""
         counts = [count for row in rows for count in row.forward.decisions]
         settings = [row.request.decoding for row in rows for _ in row.forward.decisions]
@@ -129,7 +126,7 @@ class Executor:
         # One transfer for all three: a float32 holds any token id below 2^24.
         together = torch.stack((tokens.to(confidence.dtype), confidence, chosen.to(confidence.dtype)))
         all_tokens, all_confidences, all_chosen = together.tolist()
-        revealed: list[Revealed] = []
+        revealed: list[list[Revealed]] = []
         start = 0
         for row in rows:
             candidates = enumerate(row.forward.candidates, start)

@@ -1,8 +1,7 @@
 """A request as the engine holds it."""
 
+import random
 from dataclasses import dataclass, field
-
-import torch
 
 from fast_dllm.config import DecodingConfig
 from fast_dllm.decoding.state import DecodeState, Forward
@@ -16,7 +15,6 @@ class Request:
         id: given by the engine, in order of arrival.
         state: the state machine.
         decoding: what was asked.
-        generator: this request's own, so that its draws do not depend on its neighbours.
         slot: of the cache, while it runs.
         held: positions that count against the token budget, while it runs.
     """
@@ -24,12 +22,23 @@ class Request:
     id: int
     state: DecodeState
     decoding: DecodingConfig
-    generator: torch.Generator = field(init=False)
     slot: int | None = None
     held: int = 0
+    _draws: list[float] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.decoding.seed)
+        self._random = random.Random(self.decoding.seed)
+
+    def draw(self, position: int) -> float:
+        """The number from U(0, 1) by which the token at a position of the answer is sampled.
+
+        It hangs on seed and position alone: not on neighbours, and not on how often or in which order positions
+        are looked at, so that however an answer is decoded, the same seed means the same sample.
+        """
+        place = position - self.state.prompt_length
+        while place >= len(self._draws):
+            self._draws.append(self._random.random())
+        return self._draws[place]
 
 
 @dataclass(frozen=True, slots=True)

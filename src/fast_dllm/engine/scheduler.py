@@ -3,7 +3,6 @@
 import math
 from collections import deque
 
-from fast_dllm.decoding.events import ForwardKind
 from fast_dllm.decoding.state import next_forward, restartable
 from fast_dllm.engine.request import Request, Row
 
@@ -84,13 +83,12 @@ class Scheduler:
         """
         forward = next_forward(request.state, self._prefill_chunk)
         assert forward is not None, "a request that has ended is retired at once"
-        if forward.kind is ForwardKind.PREFILL:
-            positions = forward.end - forward.start
-            if self._prefilling and positions > self._prefill_room:
+        if forward.prefilled:
+            if self._prefilling and forward.prefilled > self._prefill_room:
                 self._prefill_room = 0
                 return
             self._prefilling = True
-            self._prefill_room -= positions
+            self._prefill_room -= forward.prefilled
         self._rows.append(Row(request, forward))
 
     def rows(self) -> list[Row]:
@@ -115,7 +113,8 @@ class Scheduler:
     def _grow(self, request: Request, preempted: list[Request]) -> bool:
         """Let a request hold its current block too; whether it may."""
         growth = request.state.block_end - request.held
-        if growth == 0:
+        if growth <= 0:  # a verified block may begin before the one that was refused
+            self._hold(request, request.state.block_end)
             return True
         if self._stalled:  # what becomes free is for the older one that waits
             return False

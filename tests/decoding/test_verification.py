@@ -1,0 +1,88 @@
+"""A verified answer is the autoregressive one, whatever was drafted."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decoding_cases import MASK, Case, decode, decodings, prompts, tokens
+from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
+from fast_dllm.decoding.events import ForwardKind
+from fast_dllm.errors import FastDLLMError
+from tiny import ARCHITECTURES
+
+CAUSAL = BlockDiffusionConfig(mask_token_id=MASK, block_size=32, context_attention="causal")
+
+
+def autoregressive(decoding):
+    return replace(decoding, block_size=1, small_block_size=1, verify=False, fused_commit=False)
+
+
+@st.composite
+def verified_cases(draw):
+    decoding = replace(draw(decodings(cached=True)), verify=True)
+    return Case(draw(st.sampled_from(list(ARCHITECTURES))), CAUSAL, draw(prompts), decoding)
+
+
+def test_a_verified_answer_is_the_autoregressive_one_sampled_or_not():
+    withdrawn = kept = stopped = 0
+
+    @settings(max_examples=250)
+    @given(verified_cases())
+    def check(case):
+        nonlocal withdrawn, kept, stopped
+        result = case.decode()
+        alone = decode(case, [case.prompt], [autoregressive(case.decoding)])
+        assert (result.answers, result.finish) == (alone.answers, alone.finish)
+        withdrawn += result.total.withdrawn_tokens
+        kept += result.total.new_tokens
+        stopped += result.finish == ["stop"]
+
+    check()
+    # Drafts that are never refused, or always, would prove little.
+    assert withdrawn > 1000
+    assert kept > 1000
+    assert stopped > 30
+
+
+@settings(max_examples=40)
+@given(verified_cases(), st.data())
+def test_rows_of_a_batch_are_verified_as_if_alone(case, data):
+    asked = [prompt for prompt in data.draw(st.lists(prompts, min_size=2, max_size=5))]
+    wanted = [data.draw(decodings(cached=True)) for _ in asked]
+    wanted = [replace(decoding, verify=data.draw(st.booleans())) for decoding in wanted]
+    together = decode(case, asked, wanted, max_batch=3)
+    for prompt, decoding, answer in zip(asked, wanted, together.answers, strict=True):
+        assert decode(case, [prompt], [decoding]).answers == [answer]
+
+
+def test_what_is_shown_is_never_taken_back():
+    case = Case("llama", CAUSAL, tokens(3, 20), DecodingConfig(max_new_tokens=60, threshold=0.2, verify=True))
+    shown, latest, withdrawn = [], {}, 0
+
+    def watch(event):
+        nonlocal withdrawn
+        latest.update(zip(event.positions, event.tokens, strict=True))
+        shown.extend(latest[position] for position in range(20 + len(shown), event.settled))
+        withdrawn += event.withdrawn
+
+    result = case.decode(on_event=watch)
+    assert shown == result.answers[0]
+    assert withdrawn == result.total.withdrawn_tokens > 0
+
+
+def test_no_position_behind_the_limit_is_computed():
+    """The last block is as short as what is still wanted."""
+    case = Case("llama", CAUSAL, tokens(3, 20), DecodingConfig(max_new_tokens=11, verify=True, stop_token_ids=()))
+    case.decode(on_event=(events := []).append)
+    assert max(event.query_tokens for event in events if event.kind is ForwardKind.BLOCK) <= 11
+    single = replace(case.decoding, max_new_tokens=1)
+    assert decode(case, [case.prompt], [single]).total.forwards == 1
+
+
+@pytest.mark.parametrize("attention", ["block", "full"])
+def test_a_model_without_an_autoregressive_answer_is_refused(attention):
+    config = BlockDiffusionConfig(mask_token_id=MASK, block_size=8, context_attention=attention)
+    with pytest.raises(FastDLLMError, match="autoregressive answer"):
+        Case("llama", config, tokens(1, 9), DecodingConfig(verify=True)).decode()
