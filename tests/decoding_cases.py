@@ -88,6 +88,7 @@ def decodings(draw, *, full=False, cached=False, longest=70):
         sub_block_cache=draw(st.sampled_from(["none", "dual", "prefix"])) if cached else "none",
         cache_refresh=draw(st.sampled_from(["published", "sub-block", "block"])),
         fused_commit=draw(st.booleans()),
+        verify=False,
     )
 
 

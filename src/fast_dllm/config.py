@@ -126,12 +126,12 @@ class DecodingConfig(_FromMapping):
             takes "block", and "sub-block" for full-attention models (Algorithm 1).
         fused_commit: commit a finished block and take the first look at the next one in one forward. Its first
             token is then chosen with those beside it, not before them.
-        verify: take a finished block as a draft, and compare it, in the forward that commits it, with what the model
-            itself says token by token; the first token that differs is replaced, and what follows is decoded again. So
-            the answer is that of autoregressive decoding, sampled ones included, whatever the policy: it decides
-            only how many forwards it takes. Needs causal context attention (and a model trained with an AR loss, or
-            autoregressive answers are not good); commits are fused. The idea of drafting and verifying with one
-            model, in one forward: TiDAR (arXiv 2511.08923).
+        verify: draft and verify. A look at `small_block_size` masks drafts tokens, as far as the policy reveals them
+            without a gap; the forward that commits them says what the model itself would have said token by token,
+            and looks at the next masks. The first token that differs is replaced, and what follows is drafted again:
+            the answer is that of autoregressive decoding, sampled ones included, and the policy decides only how many
+            forwards it takes. None does so where the model has token shift and causal context attention (train it
+            with an AR loss); other models cannot. Drafting and verifying in one forward: TiDAR (arXiv 2511.08923).
 
     """
 
@@ -152,7 +152,7 @@ class DecodingConfig(_FromMapping):
     sub_block_cache: SubBlockCache | None = None
     cache_refresh: CacheRefresh | None = None
     fused_commit: bool = False
-    verify: bool = False
+    verify: bool | None = None
 
     def __post_init__(self) -> None:
         _require_int("max_new_tokens", self.max_new_tokens, 1)
@@ -178,12 +178,11 @@ class DecodingConfig(_FromMapping):
             _require_choice("sub_block_cache", self.sub_block_cache, SubBlockCache)
         if self.cache_refresh is not None:
             _require_choice("cache_refresh", self.cache_refresh, CacheRefresh)
-        for name in ("fused_commit", "verify"):
-            value = getattr(self, name)
-            _require(isinstance(value, bool), f"{name}={value!r}: must be true or false")
+        _require(isinstance(self.fused_commit, bool), f"fused_commit={self.fused_commit!r}: must be true or false")
+        _require(self.verify in (None, True, False), f"verify={self.verify!r}: must be true or false")
 
     def verifies(self, model: BlockDiffusionConfig) -> bool:
-        """Whether this request checks its blocks against the model's autoregressive answer.
+        """Whether this request drafts tokens and verifies them.
 
         Raises:
             FastDLLMError: when the model has no autoregressive answer.
@@ -195,7 +194,7 @@ class DecodingConfig(_FromMapping):
             "verify=True: only a model with token shift and causal context attention has an autoregressive answer to "
             "compare with; leave it out, or adapt with --context-attention causal --ar-weight 0.5",
         )
-        return self.verify
+        return has_answer if self.verify is None else self.verify
 
     def caching(self, model: BlockDiffusionConfig) -> tuple[SubBlockCache, CacheRefresh]:
         """How this request uses a sub-block cache on a model."""

@@ -102,7 +102,7 @@ def test_limit_is_exact_and_only_cuts_the_answer(prompt_length, temperature):
 @pytest.mark.parametrize("attention", ["block", "causal", "full"])
 def test_tokens_are_counted_exactly(attention):
     config = BlockDiffusionConfig(mask_token_id=MASK, block_size=8, context_attention=attention)
-    decoding = DecodingConfig(max_new_tokens=37, small_block_size=8, threshold=0.5, stop_token_ids=())
+    decoding = DecodingConfig(max_new_tokens=37, small_block_size=8, threshold=0.5, stop_token_ids=(), verify=False)
     case = Case("llama", config, tokens(5, 21), decoding)
     events = []
     result = case.decode(on_event=events.append)
@@ -142,7 +142,8 @@ def test_settled_grows_and_never_passes_a_mask():
 def test_mask_token_in_the_prompt_is_an_ordinary_token(attention):
     config = BlockDiffusionConfig(mask_token_id=MASK, block_size=8, context_attention=attention)
     prompt = [1, MASK, 4, MASK, MASK, 9, 2, MASK, MASK, MASK]
-    case = Case("qwen2", config, prompt, DecodingConfig(max_new_tokens=20, threshold=0.5, stop_token_ids=()))
+    decoding = DecodingConfig(max_new_tokens=20, threshold=0.5, stop_token_ids=(), verify=False)
+    case = Case("qwen2", config, prompt, decoding)
     result = case.decode()
     assert result.sequences[0][:10] == prompt
     assert len(result.answers[0]) == 20

@@ -1,22 +1,35 @@
 """A verified answer is the autoregressive one, whatever was drafted."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding_cases import MASK, Case, decode, decodings, prompts, tokens
+from decoding_cases import MASK, Case, confident_model, decode, decodings, prompts, tokens
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
-from fast_dllm.decoding.events import ForwardKind
 from fast_dllm.errors import FastDLLMError
 from tiny import ARCHITECTURES
 
 CAUSAL = BlockDiffusionConfig(mask_token_id=MASK, block_size=32, context_attention="causal")
 
 
+@contextmanager
+def always_saying(model, token):
+    """The model with a head that makes one token certain."""
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda _, __, logits: logits * 0 + 100 * F.one_hot(torch.tensor(token), 64))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def autoregressive(decoding):
-    return replace(decoding, block_size=1, small_block_size=1, verify=False, fused_commit=False)
+    return replace(decoding, block_size=1, small_block_size=1, verify=False)
 
 
 @st.composite
@@ -49,7 +62,7 @@ def test_a_verified_answer_is_the_autoregressive_one_sampled_or_not():
 @settings(max_examples=40)
 @given(verified_cases(), st.data())
 def test_rows_of_a_batch_are_verified_as_if_alone(case, data):
-    asked = [prompt for prompt in data.draw(st.lists(prompts, min_size=2, max_size=5))]
+    asked = data.draw(st.lists(prompts, min_size=2, max_size=5))
     wanted = [data.draw(decodings(cached=True)) for _ in asked]
     wanted = [replace(decoding, verify=data.draw(st.booleans())) for decoding in wanted]
     together = decode(case, asked, wanted, max_batch=3)
@@ -58,7 +71,7 @@ def test_rows_of_a_batch_are_verified_as_if_alone(case, data):
 
 
 def test_what_is_shown_is_never_taken_back():
-    case = Case("llama", CAUSAL, tokens(3, 20), DecodingConfig(max_new_tokens=60, threshold=0.2, verify=True))
+    case = Case("llama", CAUSAL, tokens(3, 20), DecodingConfig(max_new_tokens=60, threshold=0.2, stop_token_ids=()))
     shown, latest, withdrawn = [], {}, 0
 
     def watch(event):
@@ -73,12 +86,31 @@ def test_what_is_shown_is_never_taken_back():
 
 
 def test_no_position_behind_the_limit_is_computed():
-    """The last block is as short as what is still wanted."""
-    case = Case("llama", CAUSAL, tokens(3, 20), DecodingConfig(max_new_tokens=11, verify=True, stop_token_ids=()))
+    case = Case("llama", CAUSAL, tokens(3, 20), DecodingConfig(max_new_tokens=11, stop_token_ids=()))
     case.decode(on_event=(events := []).append)
-    assert max(event.query_tokens for event in events if event.kind is ForwardKind.BLOCK) <= 11
+    assert sum(event.query_tokens for event in events[:1]) == 20 + 8
+    assert max(event.query_tokens for event in events[1:]) <= 11
     single = replace(case.decoding, max_new_tokens=1)
-    assert decode(case, [case.prompt], [single]).total.forwards == 1
+    assert decode(case, [case.prompt], [single]).total.query_tokens_by_kind == {"commit": 20}
+
+
+def test_drafts_that_are_right_take_one_forward_each():
+    """A model that says one token whatever it sees drafts what it would have said."""
+    model = confident_model("llama", torch.float64)
+    answer = Case("llama", CAUSAL, tokens(3, 20), DecodingConfig(max_new_tokens=33, stop_token_ids=()))
+    with always_saying(model, 7):
+        result = answer.decode()
+    assert result.answers == [[7] * 33]
+    # Four looks draft 8 tokens each; the forward that verifies the last of them says the 33rd.
+    assert result.total.forwards_by_kind == {"commit_block": 4, "commit": 1}
+    assert result.total.withdrawn_tokens == 0
+
+
+def test_verification_is_what_a_model_with_an_autoregressive_answer_does_unless_told():
+    case = Case("llama", CAUSAL, tokens(1, 9), DecodingConfig(max_new_tokens=40, threshold=0.3))
+    told = replace(case.decoding, verify=True)
+    assert case.decode().statistics == decode(case, [case.prompt], [told]).statistics
+    assert decode(case, [case.prompt], [replace(told, verify=False)]).total.withdrawn_tokens == 0
 
 
 @pytest.mark.parametrize("attention", ["block", "full"])

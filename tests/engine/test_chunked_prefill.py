@@ -28,7 +28,7 @@ def query_tokens(events, kind):
 @pytest.mark.parametrize("length", [64, 75])
 def test_chunks_change_no_token(attention, chunk, length):
     config = BlockDiffusionConfig(mask_token_id=MASK, block_size=8, context_attention=attention)
-    decoding = DecodingConfig(max_new_tokens=20, threshold=0.4, temperature=0.7, stop_token_ids=())
+    decoding = DecodingConfig(max_new_tokens=20, threshold=0.4, temperature=0.7, stop_token_ids=(), verify=False)
     case = Case("qwen3", config, tokens(3, length), decoding)
     whole, chunked = case.decode(), case.decode(prefill_chunk=chunk)
     assert chunked.answers == whole.answers
@@ -46,13 +46,13 @@ def test_chunks_are_whole_blocks_and_at_least_one():
 
 def test_chunks_are_of_any_length_under_causal_attention():
     engine = engine_with(13, config=BlockDiffusionConfig(mask_token_id=15, block_size=4, context_attention="causal"))
-    engine.submit(prompt(33), DecodingConfig(max_new_tokens=3))
+    engine.submit(prompt(33), DecodingConfig(max_new_tokens=3, verify=False))
     assert query_tokens(engine.run(), "prefill") == [13, 13, 6]
 
 
 def test_only_the_last_chunk_predicts_the_next_token():
     engine = engine_with(8)
-    engine.submit(prompt(32), DecodingConfig(max_new_tokens=4, stop_token_ids=()))
+    engine.submit(prompt(32), DecodingConfig(max_new_tokens=4, stop_token_ids=(), verify=False))
     prefill = [event.positions for event in engine.run() if event.kind == "prefill"]
     assert prefill == [(), (), (), (32,)]
 
@@ -71,7 +71,9 @@ def test_decoding_rows_run_in_every_tick_of_a_prefill():
 def test_prefills_share_a_tick_up_to_the_chunk_first_come_first_served():
     engine = engine_with(16)
     for length in (8, 9, 12, 4):
-        engine.submit(prompt(length), DecodingConfig(max_new_tokens=30, policy="sequential", stop_token_ids=()))
+        engine.submit(
+            prompt(length), DecodingConfig(max_new_tokens=30, policy="sequential", stop_token_ids=(), verify=False)
+        )
     first = [(event.request, event.kind) for event in engine.step()]
     assert sorted(first) == [(0, "prefill"), (1, "prefill")]
     second = {event.request: event.kind for event in engine.step()}

@@ -19,7 +19,9 @@ def engine_with(slots, *, config=CONFIG, model=None, **settings):
 
 
 def decoding(new=10, **settings):
-    return DecodingConfig(**{"max_new_tokens": new, "stop_token_ids": (), "threshold": 0.6, **settings})
+    return DecodingConfig(
+        **{"max_new_tokens": new, "stop_token_ids": (), "threshold": 0.6, "verify": False, **settings}
+    )
 
 
 def ask(engine, prompt, settings):

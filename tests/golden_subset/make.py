@@ -74,7 +74,7 @@ def _cases(model, config):
             yield {
                 "id": f"{changes['context_attention']}-{changes['block_size']}-shift{int(adapted.token_shift)}-{d}",
                 "model": changes,
-                "decoding": {**settings, "max_new_tokens": 40},
+                "decoding": {**settings, "max_new_tokens": 40, "verify": False},
                 "stop_token_ids": stops,
                 "prompt": prompt,
                 "answer": reference_generate(logits_of, prompt, adapted, decoding),

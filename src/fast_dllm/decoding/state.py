@@ -89,12 +89,14 @@ class DecodeState:
         self.prompt_length = len(prompt)
         self.limit = self.prompt_length + decoding.max_new_tokens
         self.block_size, self._sub_size = decoding.layout(model, self.limit)
+        self.verifies = decoding.verifies(model) and self._sub_size > 1
+        if decoding.verifies(model):
+            self.block_size = self._sub_size  # a draft is looked at once: there is nothing to refine in a longer one
         self._cache, self._refresh = decoding.caching(model)
         self._shift = 1 if model.token_shift else 0
         own_stops = decoding.stop_token_ids
         self._stops = frozenset(stop_token_ids if own_stops is None else own_stops)
         whole_canvas = model.context_attention == "full"
-        self.verifies = self.block_size > 1 and decoding.verifies(model)
         # Where no block goes beyond: a draft that is refused may let the next one begin anywhere.
         self._horizon = self.limit if self.verifies else self.capacity
         # Windows of Algorithm 1 tile the answer; sub-blocks tile the block.
@@ -326,11 +328,11 @@ def absorb(state: DecodeState, forward: Forward, request: int, revealed: Sequenc
         state.confidences[position - state.prompt_length] = confidence
     state._stale_from = min((position for position, _, _ in accepted), default=state.block_end)
     if state.committed >= state._prefill_end:
-        if state.verifies:
-            _end_draft_at_stop(state)
         state._skip_finished_sub_blocks()
     _settle(state)
-    if state._fuses and state.finish is None and state.committed == state.block_start and _block_done(state):
+    if state.verifies and state.finish is None and state.committed >= state._prefill_end:
+        _end_draft(state)
+    elif state._fuses and state.finish is None and state.committed == state.block_start and _block_done(state):
         state.block_start = state.block_end
         state._open_block()
     event = Event(
@@ -385,16 +387,17 @@ def _check(state: DecodeState, revealed: Sequence[Revealed]) -> tuple[list[Revea
     return new, 0
 
 
-def _end_draft_at_stop(state: DecodeState) -> None:
-    """Drop what stands behind a drafted stop token with no mask before it; nothing is drafted there while it stands."""
-    for position in range(state.block_start, state.block_end):
-        token = state.ids[position]
-        if token is None:
-            return
-        if token in state._stops:
-            state._horizon = position + 1
-            state._truncate(position + 1)
-            return
+def _end_draft(state: DecodeState) -> None:
+    """End the draft before its first mask or behind its first stop token; what else was revealed is looked at anew."""
+    end = state.block_start
+    while end < state.block_end and state.ids[end] is not None:
+        end += 1
+        if state.ids[end - 1] in state._stops:
+            state._horizon = end
+            break
+    state._truncate(end)
+    state.block_start = end
+    state._open_block()
 
 
 def _settle(state: DecodeState) -> None:
