@@ -1,35 +1,26 @@
-"""Where the time of a forward goes: torch's profiler for its operators, Python's for our own kernels."""
+"""Where the time of a forward goes: torch's profiler for its operators; our own kernels say it themselves."""
 
-import cProfile
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable
-from types import CodeType
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from fast_dllm.model.cpu_ops import CpuOps
+from fast_dllm.model.cpu_ops import kernel_seconds
 
 PARTS = ("linear", "attention", "head", "rest")
 # Parts of torch's operator names. Asked in this order: attention of some models is made of matrix products in bmm.
 _ATTENTION = ("scaled_dot_product", "flash_attention", "softmax", "bmm")
 _LINEAR = ("linear", "addmm", "aten::mm", "matmul", "gemm", "_int_mm")
-# Our kernels are called through ctypes, where torch's profiler does not see them.
-_OWN_STEPS: dict[CodeType | str, str] = {
-    CpuOps.linear.__code__: "linear",
-    CpuOps.add_linear.__code__: "linear",
-    CpuOps.store.__code__: "attention",
-    CpuOps.attend.__code__: "attention",
-}
 
 
-def shares(forward: Callable[[], object], without_head: Callable[[], object], times: int) -> dict[str, float]:
+def shares(forward: Callable[[], object], times: int) -> dict[str, float]:
     """Shares of a forward's time.
 
     Args:
         forward: ends in the LM head; warmed up.
-        without_head: the same without it.
         times: forwards to profile.
 
     Returns:
@@ -37,31 +28,22 @@ def shares(forward: Callable[[], object], without_head: Callable[[], object], ti
     """
     spent = dict.fromkeys(PARTS, 0.0)
     for _ in range(times):
-        for part, time in (_own_steps(forward, without_head) or _operators(forward)).items():
-            spent[part] += time
+        for part, seconds in (_own_parts(forward) or _operators(forward)).items():
+            spent[part] += seconds
     total = sum(spent.values())
-    return {part: time / total for part, time in spent.items()} if total else spent
+    return {part: seconds / total for part, seconds in spent.items()} if total else spent
 
 
-def _own_steps(forward: Callable[[], object], without_head: Callable[[], object]) -> dict[str, float] | None:
+def _own_parts(forward: Callable[[], object]) -> dict[str, float] | None:
     """Seconds by part of a forward in our own kernels; None for any other."""
-    whole, body = _steps(forward), _steps(without_head)
-    if "linear" not in whole:
+    start = time.perf_counter()
+    with kernel_seconds() as spent:
+        forward()
+    seconds = time.perf_counter() - start
+    if not any(spent.values()):
         return None
-    head = max(whole["linear"] - body["linear"], 0.0)
-    return {**whole, "linear": whole["linear"] - head, "head": head}
-
-
-def _steps(forward: Callable[[], object]) -> dict[str, float]:
-    profiler = cProfile.Profile()
-    profiler.runcall(forward)
-    stats = profiler.getstats()
-    spent: dict[str, float] = defaultdict(float)
-    for entry in stats:
-        if (part := _OWN_STEPS.get(entry.code)) is not None:
-            spent[part] += entry.totaltime
-    spent["rest"] = max(entry.totaltime for entry in stats) - sum(spent.values())
-    return spent
+    # What Python spends between the calls is none of the kernels' parts.
+    return {**spent, "rest": spent["rest"] + seconds - sum(spent.values())}
 
 
 def _operators(forward: Callable[[], object]) -> dict[str, float]:

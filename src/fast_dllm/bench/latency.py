@@ -1,10 +1,10 @@
 """Seconds of one forward, beside the roofline, and where they go."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from fast_dllm.bench.bench import Bench
+from fast_dllm.bench.bench import Bench, Part
 from fast_dllm.bench.breakdown import shares
 from fast_dllm.bench.findings import Record
 from fast_dllm.bench.forward import Context, fill
@@ -17,40 +17,36 @@ Case = tuple[str, int, bool]
 """dtype, positions, whether the logits are computed."""
 
 
-def measure_latency(bench: Bench) -> None:
-    """Time bare forwards, context by context.
+def latency_parts(bench: Bench) -> Iterator[Part]:
+    """Time bare forwards: a part for each context.
 
     Args:
         bench: gets `forward_s`, in seconds, `forward8_over_roofline` and `where_time_goes`.
     """
     room = max(bench.plan.positions)
     for length in bench.lengths("forwards", bench.plan.contexts, room=room):
-        ids = bench.questions.long_prompt(length)
-        with bench.calls(f"filling a context of {length}", len(bench.models)) as advance:
-            contexts = {}
-            for dtype, lm in bench.models.items():
-                contexts[dtype] = fill(lm, ids, room)
-                advance()
-        _measure_at(bench, contexts)
+        yield f"latency, context {length}", partial(_measure, bench, length, room)
 
 
-def _measure_at(bench: Bench, contexts: dict[str, Context]) -> None:
-    plan = bench.plan
+def _measure(bench: Bench, length: int, room: int) -> None:
+    plan, ids = bench.plan, bench.questions.long_prompt(length)
+    contexts: dict[str, Context] = {}
+    with bench.calls(f"filling a context of {length}", len(bench.models)) as advance:
+        for dtype, lm in bench.models.items():
+            contexts[dtype] = fill(lm, ids, room)
+            advance()
     calls: dict[Case, Callable[[int], None]] = {
         (dtype, positions, head): context.prepare(bench.questions.long_prompt(positions), head=head)
         for dtype, context in contexts.items()
         for positions in plan.positions
         for head in (True, False)
     }
-    length = next(iter(contexts.values())).length
     # Bare forwards are short: a pause before each would let caches and clocks cool down.
     timed = bench.race(f"forwards at context {length}", calls, plan.forward_rounds, pause_s=0)
     for case, rounds in timed.items():
         record = _note(bench, contexts[case[0]], case, [one.seconds for one in rounds])
         if record["head"]:
-            dtype, positions, _ = case
-            body = partial(calls[dtype, positions, False], 0)
-            record["where_time_goes"] = shares(partial(calls[case], 0), body, _PROFILED)
+            record["where_time_goes"] = shares(partial(calls[case], 0), _PROFILED)
 
 
 def _note(bench: Bench, context: Context, case: Case, seconds: list[float]) -> Record:

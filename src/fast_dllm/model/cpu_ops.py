@@ -1,12 +1,13 @@
-"""The steps of a native forward in our own CPU kernels (`kernels/kernels.cpp`): int8 or bfloat16 weights.
+"""A native forward in our own CPU kernels (`kernels/`): int8 or bfloat16 weights.
 
-A step is one call that passes pointers, so nothing but its arithmetic costs: no temporaries, no masks, no reordering.
+All layers are one call that passes pointers, so nothing but arithmetic costs: no temporaries, no masks, no reordering.
 
 Shape legend: T positions of all rows, R rows, I and O inputs and outputs of a linear layer, E width of a head.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,13 +18,16 @@ from torch import Tensor
 from fast_dllm.cache import KVCache
 from fast_dllm.config import ContextAttention
 from fast_dllm.model.backbone import ForwardBatch
-from fast_dllm.model.kernels import load_kernels
+from fast_dllm.model.kernels import WeightMemory, load_kernels, why_no_kernels
 from fast_dllm.model.weights import LayerWeights, Shape
 
-# Outputs of a panel of packed weights, and the bytes of a unit: as in kernels.cpp.
+# Outputs of a panel of packed weights, and the bytes of a unit: as in kernels/linear.h.
 _PANEL, _UNIT = 48, 4
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 """Widths of a head that the attention kernel is compiled for."""
+
+
+_PARTS = ("linear", "attention", "head", "rest")
 
 
 class _Linear(ctypes.Structure):
@@ -36,12 +40,44 @@ class _Linear(ctypes.Structure):
     )
 
 
-class _Prologue(ctypes.Structure):
-    _fields_ = (("norm", ctypes.c_void_p), ("epsilon", ctypes.c_float), ("gated", ctypes.c_int32))
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("qkv", _Linear),
+        ("out", _Linear),
+        ("gate_up", _Linear),
+        ("down", _Linear),
+        ("attention_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("query_norm", ctypes.c_void_p),
+        ("key_norm", ctypes.c_void_p),
+    )
 
 
-class _Heads(ctypes.Structure):
-    _fields_ = (("query", ctypes.c_int32), ("kv", ctypes.c_int32), ("width", ctypes.c_int32))
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("query_heads", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
+        ("int8", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("layers", ctypes.POINTER(_Layer)),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int32),
+        ("positions", ctypes.c_int32),
+        ("read_count", ctypes.c_int32),
+        ("row_starts", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("read", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+    )
 
 
 class _Slab(ctypes.Structure):
@@ -51,12 +87,13 @@ class _Slab(ctypes.Structure):
 class KernelLinear:
     """Weights packed for the kernel: panels of 48 outputs, units of 4 bytes of inputs inside."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, int8: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, memory: WeightMemory, *, int8: bool) -> None:
         """Pack.
 
         Args:
             weight: [O, I], of any floating dtype.
             bias: [O], or None.
+            memory: for the packed weights.
             int8: quantise to 8 bits with a scale per output; else round to bfloat16.
         """
         outputs, inputs = weight.shape
@@ -72,24 +109,21 @@ class KernelLinear:
         padded = torch.zeros(_up(outputs, _PANEL), _up(inputs, per_unit), dtype=stored.dtype)
         padded[:outputs, :inputs] = stored
         panels = padded.view(-1, _PANEL, padded.shape[1] // per_unit, per_unit)
-        self._weights = panels.transpose(1, 2).contiguous()
+        packed = panels.transpose(1, 2)
+        self._weights = memory.take(packed.numel() * packed.element_size()).view(packed.dtype).view(packed.shape)
+        self._weights.copy_(packed)
         self._bias = None if bias is None else bias.float().contiguous()
         self.outputs = outputs
-        self._c = _Linear(inputs, outputs, _pointer(self._weights), _pointer(self._scales), _pointer(self._bias))
-        self.reference = ctypes.byref(self._c)
+        self.structure = _Linear(inputs, outputs, _pointer(self._weights), _pointer(self._scales), _pointer(self._bias))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What all layers of a forward share."""
+    """What a forward passes to the kernels; `kept` owns what the structure points to."""
 
-    batch: ForwardBatch
+    batch: _Batch
     slabs: Any
-    cos: Tensor
-    sin: Tensor
-    row_starts: Tensor
-    ends: Tensor
-    threads: int
+    kept: tuple[Any, ...]
 
 
 class CpuOps:
@@ -111,27 +145,19 @@ class CpuOps:
         self._shape = shape
         self._attention: ContextAttention = attention
         self._int8 = int8
+        self._memory = WeightMemory()
         kernels = load_kernels()
-        self._run_linear, self._run_store, self._run_attention = (
-            kernels.fast_dllm_linear,
-            kernels.fast_dllm_store,
-            kernels.fast_dllm_attention,
-        )
-        # A step is called for every layer: structures are made once, and pointers go as plain integers.
+        self._run_layers, self._run_linear = kernels.fast_dllm_layers, kernels.fast_dllm_linear
         pointer: Any = ctypes.c_void_p
         integer: Any = ctypes.c_int
-        self._run_linear.argtypes = [pointer] * 2 + [integer] * 2 + [pointer] * 2 + [integer] * 2
-        self._run_store.argtypes = [pointer, integer] + [pointer] * 5 + [ctypes.c_float] + [pointer] * 4 + [integer]
-        self._run_attention.argtypes = [pointer, integer] + [pointer] * 7 + [integer]
-        self._heads = ctypes.byref(_Heads(shape.query_heads, shape.kv_heads, shape.head_dim))
-        self._plain = ctypes.byref(_Prologue(None, 0.0, 0))
-        self._gated = ctypes.byref(_Prologue(None, 0.0, 1))
-        self._norms: dict[int, Any] = {}
-        self._slabs: WeakKeyDictionary[KVCache, list[Any]] = WeakKeyDictionary()
+        self._run_layers.argtypes = [pointer] * 5 + [integer]
+        self._run_linear.argtypes = [pointer, integer, pointer, ctypes.c_float, integer, pointer, pointer, integer]
+        self._model: tuple[Sequence[LayerWeights], _Model] | None = None
+        self._slabs: WeakKeyDictionary[KVCache, Any] = WeakKeyDictionary()
 
     def make_linear(self, weight: Tensor, bias: Tensor | None) -> KernelLinear:
         """A layer from weights [O, I] and bias [O]."""
-        return KernelLinear(weight, bias, int8=self._int8)
+        return KernelLinear(weight, bias, self._memory, int8=self._int8)
 
     def plan(self, batch: ForwardBatch, cache: KVCache, cos: Tensor, sin: Tensor) -> _Plan:
         """Prepare a forward; `cos` and `sin` are float32 [positions, E / 2]."""
@@ -139,108 +165,88 @@ class CpuOps:
         for row in batch.rows:
             starts.append(starts[-1] + row.length)
             ends += row.visible_ends(self._attention)
-        return _Plan(
-            batch=batch,
-            slabs=self._slabs_of(cache),
-            cos=cos,
-            sin=sin,
-            row_starts=torch.tensor(starts, dtype=torch.int32),
-            ends=torch.tensor(ends, dtype=torch.int32),
-            threads=torch.get_num_threads(),
-        )
+        row_starts, key_ends = torch.tensor(starts, dtype=torch.int32), torch.tensor(ends, dtype=torch.int32)
+        tensors = (row_starts, key_ends, batch.slots, batch.positions, batch.read, cos, sin)
+        structure = _Batch(len(batch.rows), len(ends), len(batch.read), *map(_pointer, tensors))
+        return _Plan(structure, self._slabs_of(cache), tensors)
 
     def layers(self, layers: Sequence[LayerWeights], hidden: Tensor, plan: _Plan) -> Tensor:
         """All layers, over the embedded positions [T, H], which are overwritten; what comes out at `read`: [N, H]."""
-        read = plan.batch.read
-        last = len(layers) - 1
-        for number, layer in enumerate(layers):
-            fused = self.linear(layer.qkv, hidden, layer.attention_norm)
-            queries = self.store(fused, layer, number, plan)
-            if number == last and not len(read):
-                return hidden[:0]
-            attended = self.attend(queries, number, plan)
-            if number == last:
-                # Nothing behind the last layer's K/V depends on positions that nobody reads.
-                attended, hidden = attended[read], hidden[read]
-            self.add_linear(layer.out, attended, hidden)
-            gate_up = self.linear(layer.gate_up, hidden, layer.mlp_norm)
-            self.add_linear(layer.down, gate_up, hidden, gated=True)
-        return hidden
-
-    def linear(self, layer: KernelLinear, hidden: Tensor, norm: Tensor) -> Tensor:
-        """A layer over normalised [T, I]: [T, O]."""
-        pointer = norm.data_ptr()
-        prologue = self._norms.get(pointer)
-        if prologue is None:
-            prologue = self._norms[pointer] = ctypes.byref(_Prologue(pointer, self._shape.norm_epsilon, 0))
-        output = torch.empty(len(hidden), layer.outputs)
-        self._run(layer, prologue, hidden, output, add=False)
-        return output
-
-    def add_linear(self, layer: KernelLinear, inputs: Tensor, hidden: Tensor, *, gated: bool = False) -> None:
-        """Add a layer's output to `hidden` [T, O]; gated inputs are [gate | up], of which silu(gate) * up is taken."""
-        self._run(layer, self._gated if gated else self._plain, inputs, hidden, add=True)
-
-    def _run(self, layer: KernelLinear, prologue: Any, inputs: Tensor, output: Tensor, *, add: bool) -> None:
-        self._run_linear(
-            layer.reference,
-            prologue,
-            self._int8,
-            len(inputs),
-            inputs.data_ptr(),
+        output = torch.empty(plan.batch.read_count, hidden.shape[1])
+        self._run_layers(
+            ctypes.byref(self._model_of(layers)),
+            ctypes.byref(plan.batch),
+            plan.slabs,
+            hidden.data_ptr(),
             output.data_ptr(),
-            add,
             torch.get_num_threads(),
         )
+        return output
 
-    def store(self, fused: Tensor, layer: LayerWeights, number: int, plan: _Plan) -> Tensor:
-        """Write keys and values of [queries | keys | values] to the slab; the same tensor, queries rotated."""
-        keys, values = plan.slabs[number]
-        self._run_store(
-            self._heads,
-            len(fused),
-            fused.data_ptr(),
-            plan.cos.data_ptr(),
-            plan.sin.data_ptr(),
-            _pointer(layer.query_norm),
-            _pointer(layer.key_norm),
+    def linear(self, layer: KernelLinear, hidden: Tensor, norm: Tensor | None) -> Tensor:
+        """A layer over [T, I], normalised where there is a norm [I]: [T, O]."""
+        output = torch.empty(len(hidden), layer.structure.outputs)
+        self._run_linear(
+            ctypes.byref(layer.structure),
+            self._int8,
+            _pointer(norm),
             self._shape.norm_epsilon,
-            plan.batch.slots.data_ptr(),
-            plan.batch.positions.data_ptr(),
-            keys,
-            values,
-            plan.threads,
-        )
-        return fused
-
-    def attend(self, queries: Tensor, number: int, plan: _Plan) -> Tensor:
-        """Attention of every row over its slot, from what `store` returned: [T, heads * E]."""
-        keys, values = plan.slabs[number]
-        output = torch.empty(len(queries), self._shape.query_heads * self._shape.head_dim)
-        self._run_attention(
-            self._heads,
-            len(plan.batch.rows),
-            plan.row_starts.data_ptr(),
-            plan.batch.slots.data_ptr(),
-            plan.ends.data_ptr(),
-            queries.data_ptr(),
-            keys,
-            values,
+            len(hidden),
+            hidden.data_ptr(),
             output.data_ptr(),
-            plan.threads,
+            torch.get_num_threads(),
         )
         return output
 
-    def _slabs_of(self, cache: KVCache) -> list[Any]:
-        """(keys, values) of every layer."""
+    def _model_of(self, layers: Sequence[LayerWeights]) -> _Model:
+        """The layers as the kernels see them, made once."""
+        if self._model is None or self._model[0] is not layers:
+            shape = self._shape
+            structures = (_Layer * len(layers))(*map(_layer, layers))
+            model = _Model(
+                shape.query_heads,
+                shape.kv_heads,
+                shape.head_dim,
+                shape.norm_epsilon,
+                self._int8,
+                len(layers),
+                structures,
+            )
+            self._model = layers, model
+        return self._model[1]
+
+    def _slabs_of(self, cache: KVCache) -> Any:
+        """Keys and values of every layer, in turns."""
         slabs = self._slabs.get(cache)
         if slabs is None:
-            slabs = [
-                tuple(ctypes.byref(_Slab(slab.data_ptr(), slab.stride(0), slab.stride(1))) for slab in pair)
-                for pair in zip(cache.keys, cache.values, strict=True)
-            ]
+            tensors = [slab for pair in zip(cache.keys, cache.values, strict=True) for slab in pair]
+            slabs = (_Slab * len(tensors))(
+                *(_Slab(slab.data_ptr(), slab.stride(0), slab.stride(1)) for slab in tensors)
+            )
             self._slabs[cache] = slabs
         return slabs
+
+
+@contextmanager
+def kernel_seconds() -> Iterator[dict[str, float]]:
+    """Seconds that our kernels spend inside, by part: linear, attention, head, rest. Known at the end."""
+    seconds = dict.fromkeys(_PARTS, 0.0)
+    if why_no_kernels("bfloat16") is not None:
+        yield seconds
+        return
+    kernels, array = load_kernels(), (ctypes.c_double * len(_PARTS))()
+    kernels.fast_dllm_watch(array)
+    try:
+        yield seconds
+    finally:
+        kernels.fast_dllm_watch(None)
+        seconds.update(zip(_PARTS, array, strict=True))
+
+
+def _layer(layer: LayerWeights) -> _Layer:
+    norms = (layer.attention_norm, layer.mlp_norm, layer.query_norm, layer.key_norm)
+    linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
+    return _Layer(*(linear.structure for linear in linears), *map(_pointer, norms))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -1,0 +1,66 @@
+// Vectors of sixteen float32, and what the kernels compute with them.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+// Loops over arrays that are to stay in registers.
+#define UNROLL _Pragma("GCC unroll 32")
+
+namespace kernels {
+
+constexpr int kLanes = 16;  // of a vector
+
+template <class Count>
+inline Count up(Count count, Count multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
+// The first `count` lanes: none, or all, where that is out of range.
+inline __mmask16 some(int count) { return count >= kLanes ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+inline __m512 load_some(const float* from, int count) { return _mm512_maskz_loadu_ps(some(count), from); }
+
+inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline __m512 from_bfloat16(const uint16_t* from) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+// Of pairs of bfloat16, the ones in the lower and in the upper halves.
+inline __m512 even(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+inline __m512 odd(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
+}
+
+constexpr float kLog2e = 1.44269504f;
+
+// 2^x for x <= 0, to 2e-7 relative (1e-38 for all below -126): 2^n times a polynomial on [-1/2, 1/2].
+inline __m512 power_of_two(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+  const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(1.535336188e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.339887440e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.618437357e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550332471e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402264791e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931472028e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+// x * sigmoid(x), through a power that is not above 1, so that nothing overflows.
+inline __m512 silu(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 e = power_of_two(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-kLog2e)));
+  const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return _mm512_mul_ps(x, _mm512_div_ps(_mm512_mask_mov_ps(e, positive, one), _mm512_add_ps(one, e)));
+}
+
+}  // namespace kernels
