@@ -17,6 +17,7 @@ from fast_dllm.masks import dense_mask, sequence_tokens
 from fast_dllm.model.backbone import Backbone
 from fast_dllm.model.forward import head_logits, hidden_states
 from fast_dllm.model.hf import HFBackbone
+from fast_dllm.model.linear import Precision
 from fast_dllm.model.native import NativeBackbone
 from fast_dllm.model.weights import unknown_to_native
 from fast_dllm.streaming import Reply, TextEvent, TextStream
@@ -61,6 +62,7 @@ class BlockDiffusionLM:
         context_attention: str | None = None,
         base: str | Path | None = None,
         trust_remote_code: bool = False,
+        compile: bool = False,
     ) -> "BlockDiffusionLM":
         """Load a model.
 
@@ -78,6 +80,8 @@ class BlockDiffusionLM:
             context_attention: overrides the checkpoint's.
             base: where a LoRA adapter's base is, if not where it was.
             trust_remote_code: run code from the checkpoint; off unless you trust it.
+            compile: compile the native backbone's torch path; the first forwards take seconds each, and on a GPU later
+                ones replay CUDA graphs.
 
         Raises:
             FastDLLMError: when the checkpoint is missing, broken or unknown.
@@ -96,7 +100,7 @@ class BlockDiffusionLM:
             trust_remote_code=trust_remote_code,
         )
         checkpoint.model.to(_default_device() if device is None else device)
-        return cls(checkpoint, make_backbone(checkpoint, backbone, int8=int8))
+        return cls(checkpoint, make_backbone(checkpoint, backbone, int8=int8, compile=compile))
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> CausalLMOutput:
@@ -256,22 +260,27 @@ def why_not_native(checkpoint: Checkpoint) -> str | None:
     return unknown_to_native(checkpoint.model)
 
 
-def make_backbone(checkpoint: Checkpoint, name: BackboneName = "auto", *, int8: bool = False) -> Backbone:
+def make_backbone(
+    checkpoint: Checkpoint, name: BackboneName = "auto", *, int8: bool = False, compile: bool = False
+) -> Backbone:
     """A backbone for a checkpoint.
 
     Args:
         checkpoint: loaded, on its device.
         name: as for `BlockDiffusionLM.from_pretrained`.
         int8: quantise the linear layers.
+        compile: compile the native backbone's torch path.
 
     Raises:
-        FastDLLMError: when the native backbone is needed and does not know the model.
+        FastDLLMError: when the native backbone is needed and does not know the model, or cannot be compiled here.
     """
     model, attention = checkpoint.model, checkpoint.config.context_attention
-    if int8 and name == "hf":
-        raise FastDLLMError("dtype='int8' needs the native backbone; leave out backbone='hf'")
-    if name == "native" or int8 or (name == "auto" and why_not_native(checkpoint) is None):
-        return NativeBackbone(model, attention, checkpoint.max_length, precision="int8" if int8 else "dense")
+    if (int8 or compile) and name == "hf":
+        needs = "dtype='int8'" if int8 else "compile=True"
+        raise FastDLLMError(f"{needs} needs the native backbone; leave out backbone='hf'")
+    if name == "native" or int8 or compile or (name == "auto" and why_not_native(checkpoint) is None):
+        precision: Precision = "int8" if int8 else "dense"
+        return NativeBackbone(model, attention, checkpoint.max_length, precision=precision, compile=compile)
     return HFBackbone(model, attention, checkpoint.max_length)
 
 

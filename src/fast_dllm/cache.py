@@ -19,13 +19,23 @@ class LayerShape:
 class KVCache:
     """Per layer one K and one V tensor of shape [slots, kv_heads, max_length, head_dim].
 
+    They are views of `flat_keys` and `flat_values`, [1, kv_heads, slots * max_length + spare, head_dim], in which
+    position p of slot s is at s * max_length + p: for kernels that take all slots as one sequence.
+
     A slot holds one sequence: final tokens, then one provisional block. A forward over positions [a, b) writes
     there, and what it may look at is the mask's affair. So refining a sub-block overwrites its own part of the
     block (the sub-block cache), and committing a block is a forward with its final tokens: nothing moves.
     """
 
     def __init__(
-        self, layers: list[LayerShape], slots: int, max_length: int, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        layers: list[LayerShape],
+        slots: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        spare: int = 0,
     ) -> None:
         """Allocate the slab.
 
@@ -35,16 +45,22 @@ class KVCache:
             max_length: tokens per slot, rounded up to whole blocks by the caller.
             dtype: of keys and values.
             device: where they live.
+            spare: positions behind the last slot, which no slot sees.
         """
         self.slots = slots
         self.max_length = max_length
 
         def slab(heads: int, width: int) -> Tensor:
             # Zeros, not empty: masked keys are multiplied by 0, and 0 * NaN is NaN.
-            return torch.zeros(slots, heads, max_length, width, dtype=dtype, device=device)
+            return torch.zeros(1, heads, slots * max_length + spare, width, dtype=dtype, device=device)
 
-        self.keys = [slab(layer.heads, layer.key_width) for layer in layers]
-        self.values = [slab(layer.heads, layer.value_width) for layer in layers]
+        def by_slot(flat: Tensor) -> Tensor:
+            return flat[0, :, : slots * max_length].view(len(flat[0]), slots, max_length, -1).transpose(0, 1)
+
+        self.flat_keys = [slab(layer.heads, layer.key_width) for layer in layers]
+        self.flat_values = [slab(layer.heads, layer.value_width) for layer in layers]
+        self.keys = [by_slot(flat) for flat in self.flat_keys]
+        self.values = [by_slot(flat) for flat in self.flat_values]
         self._free = list(range(slots - 1, -1, -1))
 
     @property

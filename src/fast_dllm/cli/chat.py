@@ -10,6 +10,7 @@ import typer
 
 from fast_dllm.cli.options import (
     BaseOption,
+    CompileOption,
     DtypeOption,
     MaskOption,
     ModelArgument,
@@ -36,6 +37,7 @@ def chat(
     mode: ModeOption = "diffusion",
     stop: StopOption = None,
     dtype: DtypeOption = None,
+    compile: CompileOption = False,
     mask_token_id: MaskOption = None,
     base: BaseOption = None,
     **settings: Any,
@@ -49,7 +51,9 @@ def chat(
     with waiting(f"loading {model}"):
         from fast_dllm.api import BlockDiffusionLM
 
-        lm = BlockDiffusionLM.from_pretrained(model, dtype=dtype, mask_token_id=mask_token_id, base=base)
+        lm = BlockDiffusionLM.from_pretrained(
+            model, dtype=dtype, mask_token_id=mask_token_id, base=base, compile=compile
+        )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         print(f"{lm.checkpoint.origin}\n{_HELP}", file=sys.stderr)

@@ -30,6 +30,9 @@ StopOption = Annotated[
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16, float16 or int8; the stored one by default.")
 ]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="Compile the torch path: seconds at first, CUDA graphs on a GPU.")
+]
 StoredDtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the stored one by default.")
 ]
@@ -38,6 +41,23 @@ MaskOption = Annotated[
 ]
 BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Where a LoRA adapter's base is, if it moved.")
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="FILE[:WEIGHT]",
+        help="Conversations or texts: JSONL, parquet, .txt, or a hub name (owner/name); may be given several times. "
+        'JSON names more: {"source": ..., "subset": ..., "split": ..., "weight": ...}.',
+    ),
+]
+SkipOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--skip-bad-rows/--refuse-bad-rows",
+        help="Leave out and count rows that cannot be used; by default the first one is an error.",
+        show_default=False,
+    ),
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -95,7 +115,7 @@ def decoding_from_options(mode: Mode, stop: list[str] | None, settings: Mapping[
 
 def _option(field: "Field[Any]", hint: Any, text: str, default: Any) -> inspect.Parameter:
     flag = f"--{field.name.replace('_', '-')}"
-    if hint is bool:
+    if hint in (bool, bool | None):
         flag = f"{flag}/--no-{flag[2:]}"
     shown = "" if default in (None, MISSING) else f" [default: {str(default).lower() if hint is bool else default}]"
     return inspect.Parameter(

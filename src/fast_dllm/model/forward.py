@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 
 def hidden_states(
-    model: "PreTrainedModel", input_ids: Tensor, position_ids: Tensor, mask: Tensor, cache: Any = None
+    model: "PreTrainedModel",
+    input_ids: Tensor,
+    position_ids: Tensor,
+    mask: Tensor | None,
+    cache: Any = None,
+    **of_attention: Any,
 ) -> Tensor:
     """Run the decoder below the LM head.
 
@@ -18,13 +23,15 @@ def hidden_states(
         model: a transformers `...ForCausalLM`.
         input_ids: int64 [B, Q].
         position_ids: int64 [B, Q].
-        mask: bool [B, 1, Q, K]; transformers takes a 4-D mask as it is, so no modeling code is forked.
+        mask: bool [B, 1, Q, K]; transformers takes a 4-D mask as it is, so no modeling code is forked. None for an
+            attention function of our own that needs none.
         cache: a transformers cache, or None.
+        **of_attention: what transformers hands on to that function.
 
     Returns:
         [B, Q, H], after the final norm.
     """
-    if model.config._attn_implementation == "eager":
+    if mask is not None and model.config._attn_implementation == "eager":
         # Eager attention adds the mask to the scores: a boolean one would be added as 0 and 1.
         mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
     outputs = model.get_decoder()(
@@ -33,6 +40,7 @@ def hidden_states(
         attention_mask=mask,
         past_key_values=cache,
         use_cache=cache is not None,
+        **of_attention,
     )
     return outputs.last_hidden_state  # type: ignore[no-any-return]
 

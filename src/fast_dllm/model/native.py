@@ -15,6 +15,7 @@ from fast_dllm.cache import KVCache, LayerShape
 from fast_dllm.config import ContextAttention
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.model.backbone import ForwardBatch
+from fast_dllm.model.compiled import CompiledOps, new_tiled_cache, why_not_compiled
 from fast_dllm.model.cpu_ops import HEAD_DIMS, CpuOps
 from fast_dllm.model.kernels import why_no_kernels
 from fast_dllm.model.linear import Precision
@@ -44,6 +45,7 @@ class NativeBackbone:
         *,
         precision: Precision = "dense",
         kernels: Kernels = "auto",
+        compile: bool = False,
     ) -> None:
         """Take a model's weights.
 
@@ -53,6 +55,7 @@ class NativeBackbone:
             max_length: longest sequence, in tokens.
             precision: "int8" quantises the linear layers; "dense" keeps the model's dtype.
             kernels: "own" takes our CPU kernels (int8 and bfloat16), "torch" torch's; "auto" our own where they run.
+            compile: compile torch's steps (`compiled.py`) instead; on a GPU they replay CUDA graphs.
 
         Raises:
             FastDLLMError: for a model that it does not know, or when the precision has no kernel on its device.
@@ -63,6 +66,10 @@ class NativeBackbone:
         self.max_length = max_length
         shape = read_shape(model, model.dtype)
         why_not = _why_not_own(model, shape, precision)
+        if compile:
+            why_not = "compiled, as asked"
+            if (why := why_not_compiled(model.device, shape.dtype, precision)) is not None:
+                raise FastDLLMError(f"compile=True cannot run this model: {why}; leave it out")
         if kernels == "own" and why_not is not None:
             raise FastDLLMError(f"our CPU kernels cannot run this model: {why_not}; use kernels='torch'")
         own = kernels != "torch" and why_not is None
@@ -70,9 +77,13 @@ class NativeBackbone:
             shape = read_shape(model, torch.float32)
         self.kernels = "own CPU kernels" if own else f"torch ({why_not or 'as asked'})"
         self.shape = shape
-        self._ops: Any = (
-            CpuOps(shape, attention, int8=precision == "int8") if own else TorchOps(shape, attention, precision)
-        )
+        self._ops: Any
+        if compile:
+            self._ops = CompiledOps(shape, attention)
+        elif own:
+            self._ops = CpuOps(shape, attention, int8=precision == "int8")
+        else:
+            self._ops = TorchOps(shape, attention, precision)
         self._weights = read_weights(model, shape.dtype, self._ops.make_linear)
         self._rotary = model.model.rotary_emb
         self._cos = self._sin = torch.empty(0)
@@ -85,10 +96,12 @@ class NativeBackbone:
     def new_cache(self, slots: int, max_length: int) -> KVCache:
         """Allocate a slab: [slots, kv_heads, max_length, head_dim] per layer."""
         shape = self.shape
-        if max_length > len(self._cos):
-            self._tabulate_rope(max_length)
         layers = [LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
-        return KVCache(layers, slots, max_length, dtype=self._ops.cache_dtype, device=self.device)
+        new = new_tiled_cache if isinstance(self._ops, CompiledOps) else KVCache
+        cache = new(layers, slots, max_length, dtype=self._ops.cache_dtype, device=self.device)
+        if cache.max_length > len(self._cos):
+            self._tabulate_rope(cache.max_length)
+        return cache
 
     @torch.inference_mode()
     def _tabulate_rope(self, length: int) -> None:

@@ -48,8 +48,55 @@ class _Plan:
     sin: Tensor
 
 
-class TorchOps:
-    """Linear layers, RoPE and attention with torch's kernels."""
+class TorchSteps:
+    """What is before and behind attention in a layer: the same steps, compiled or not."""
+
+    def __init__(self, shape: Shape, attention: ContextAttention) -> None:
+        """Take note.
+
+        Args:
+            shape: of the model.
+            attention: context attention of the checkpoint.
+        """
+        self._shape = shape
+        self._attention: ContextAttention = attention
+        self.cache_dtype = shape.dtype
+
+    def project(self, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, heads, E], keys and values [T, kv_heads, E] of [T, H]; queries and keys rotated."""
+        shape = self._shape
+        fused = self.linear(layer.qkv, hidden, layer.attention_norm)
+        parts = fused.view(len(fused), -1, shape.head_dim)
+        rotated, values = parts.split([shape.query_heads + shape.kv_heads, shape.kv_heads], dim=1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries, keys = rotated.split([shape.query_heads, shape.kv_heads], dim=1)
+            rotated = torch.cat([self._norm(queries, layer.query_norm), self._norm(keys, layer.key_norm)], dim=1)
+        rotated = _rotate(rotated, cos, sin)
+        return rotated[:, : shape.query_heads], rotated[:, shape.query_heads :], values
+
+    def finish(self, layer: LayerWeights, attended: Tensor, hidden: Tensor) -> None:
+        """Add to `hidden` [T, H] what follows attention, whose output is [T, heads * E]."""
+        self.add_linear(layer.out, attended, hidden)
+        gate_up = self.linear(layer.gate_up, hidden, layer.mlp_norm)
+        self.add_linear(layer.down, gate_up, hidden, gated=True)
+
+    def linear(self, layer: Linear, hidden: Tensor, norm: Tensor) -> Tensor:
+        """A layer over normalised [T, I]: [T, O]."""
+        return layer(self._norm(hidden, norm))
+
+    def add_linear(self, layer: Linear, inputs: Tensor, hidden: Tensor, *, gated: bool = False) -> None:
+        """Add a layer's output to `hidden` [T, O]; gated inputs are [gate | up], of which silu(gate) * up is taken."""
+        if gated:
+            gate, up = inputs.chunk(2, dim=-1)
+            inputs = F.silu(gate).mul_(up)
+        hidden.add_(layer(inputs))
+
+    def _norm(self, values: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(values, weight.shape, weight, self._shape.norm_epsilon)
+
+
+class TorchOps(TorchSteps):
+    """Linear layers, RoPE and attention with torch's kernels, attention by runs of rows."""
 
     def __init__(self, shape: Shape, attention: ContextAttention, precision: Precision) -> None:
         """Choose the kernels.
@@ -59,10 +106,8 @@ class TorchOps:
             attention: context attention of the checkpoint.
             precision: of the linear layers.
         """
-        self._shape = shape
-        self._attention: ContextAttention = attention
+        super().__init__(shape, attention)
         self._precision: Precision = precision
-        self.cache_dtype = shape.dtype
 
     def make_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """A layer from weights [O, I] and bias [O]."""
@@ -78,41 +123,16 @@ class TorchOps:
         read = plan.batch.read
         last = len(layers) - 1
         for number, layer in enumerate(layers):
-            fused = self.linear(layer.qkv, hidden, layer.attention_norm)
-            queries = self.store(fused, layer, number, plan)
+            queries, keys, values = self.project(layer, hidden, plan.cos, plan.sin)
+            plan.cache.write(number, plan.batch.slots, plan.batch.positions, keys, values)
             if number == last and not len(read):
                 return hidden[:0]
             attended = self.attend(queries, number, plan)
             if number == last:
                 # Nothing behind the last layer's K/V depends on positions that nobody reads.
                 attended, hidden = attended[read], hidden[read]
-            self.add_linear(layer.out, attended, hidden)
-            gate_up = self.linear(layer.gate_up, hidden, layer.mlp_norm)
-            self.add_linear(layer.down, gate_up, hidden, gated=True)
+            self.finish(layer, attended, hidden)
         return hidden
-
-    def linear(self, layer: Linear, hidden: Tensor, norm: Tensor) -> Tensor:
-        """A layer over normalised [T, I]: [T, O]."""
-        return layer(self._norm(hidden, norm))
-
-    def add_linear(self, layer: Linear, inputs: Tensor, hidden: Tensor, *, gated: bool = False) -> None:
-        """Add a layer's output to `hidden` [T, O]; gated inputs are [gate | up], of which silu(gate) * up is taken."""
-        if gated:
-            gate, up = inputs.chunk(2, dim=-1)
-            inputs = F.silu(gate).mul_(up)
-        hidden.add_(layer(inputs))
-
-    def store(self, fused: Tensor, layer: LayerWeights, number: int, plan: _Plan) -> Tensor:
-        """Write keys and values of [queries | keys | values] to the slab; the queries, rotated: [T, heads, E]."""
-        shape = self._shape
-        parts = fused.view(len(fused), -1, shape.head_dim)
-        rotated, values = parts.split([shape.query_heads + shape.kv_heads, shape.kv_heads], dim=1)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            queries, keys = rotated.split([shape.query_heads, shape.kv_heads], dim=1)
-            rotated = torch.cat([self._norm(queries, layer.query_norm), self._norm(keys, layer.key_norm)], dim=1)
-        rotated = _rotate(rotated, plan.cos, plan.sin)
-        plan.cache.write(number, plan.batch.slots, plan.batch.positions, rotated[:, shape.query_heads :], values)
-        return rotated[:, : shape.query_heads]
 
     def attend(self, queries: Tensor, number: int, plan: _Plan) -> Tensor:
         """Attention of every row over its slot: [T, heads * E]."""
@@ -127,9 +147,6 @@ class TorchOps:
             unfolded = output.view(group.rows, kv_heads, -1, of_group.shape[1], width).permute(0, 3, 1, 2, 4)
             attended.append(unfolded.reshape(group.rows * of_group.shape[1], -1))
         return torch.cat(attended) if len(attended) > 1 else attended[0]
-
-    def _norm(self, values: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(values, weight.shape, weight, self._shape.norm_epsilon)
 
     def _groups(self, batch: ForwardBatch) -> list[_AttentionGroup]:
         share = self._shape.query_heads // self._shape.kv_heads
