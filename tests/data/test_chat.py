@@ -1,5 +1,8 @@
+import itertools
+
 import pytest
 
+from fast_dllm.data import chat
 from fast_dllm.data.chat import render_chat, render_text
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.text import ChatText
@@ -106,19 +109,67 @@ def test_truncation_cuts_the_end_and_is_reported():
     assert render_chat(tokenizer, TWO_TURNS, max_length=len(whole.input_ids)) == whole
 
 
-def test_plain_text_is_learned_but_for_its_first_token():
+def test_lost_ends_of_turns_are_counted():
     tokenizer = byte_level()
-    sample = render_text(tokenizer, "Hello there")
+    whole = render_chat(tokenizer, TWO_TURNS)
+    ends = [i for i, (a, b) in enumerate(zip(whole.loss_mask, [*whole.loss_mask[1:], False])) if a and not b]
+    assert len(ends) == 2
+    for length in range(1, len(whole.input_ids) + 1):
+        cut = render_chat(tokenizer, TWO_TURNS, max_length=length)
+        assert cut.lost_ends == sum(end >= length for end in ends)
+
+
+def test_plain_text_is_learned_but_for_its_first_token_and_ends():
+    tokenizer = byte_level()
+    [sample] = render_text(tokenizer, "Hello there")
     assert sample.loss_mask == [False] + [True] * (len(sample.input_ids) - 1)
-    assert tokenizer.decode(sample.input_ids) == "Hello there"
-    assert render_text(tokenizer, "Hello there", max_length=1).truncated
+    assert tokenizer.decode(sample.input_ids) == "Hello there</s>"
+    assert not sample.truncated
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_remedy():
+@pytest.mark.parametrize("length", [2, 3, 5, 100])
+def test_windows_of_a_long_text_learn_each_token_once(length):
+    tokenizer = byte_level()
+    [whole] = render_text(tokenizer, "Hello there, tell me a story about a tiger and the sea.")
+    windows = render_text(tokenizer, "Hello there, tell me a story about a tiger and the sea.", max_length=length)
+    learned = [token for window in windows for token, loss in zip(window.input_ids, window.loss_mask) if loss]
+    assert learned == whole.input_ids[1:]
+    assert all(2 <= len(window.input_ids) <= length for window in windows)
+    for before, after in itertools.pairwise(windows):
+        assert before.input_ids[-1] == after.input_ids[0]
+
+
+def test_a_text_without_tokens_has_no_loss_position():
+    tokenizer = byte_level()
+    assert [sample.loss_mask for sample in render_text(tokenizer, "")] == [[False]]
+    tokenizer.eos_token = None
+    assert [sample.input_ids for sample in render_text(tokenizer, "")] == [[]]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_followed():
     tokenizer = byte_level(DROPS_THINKING)
+    runs = learned_runs(tokenizer, render_chat(tokenizer, TWO_TURNS))
+    assert runs == ["five, of course<|im_end|>\n", "<think>\n\n</think>\n\ncafé 🙃 你好<|im_end|>\n"]
+
+
+CLOSES_THE_LAST_TURN_DIFFERENTLY = CHATML.replace(
+    "'<|im_end|>' + '\n' }}",
+    "}}{% if loop.last and m['role'] == 'assistant' %}{{ '</s>' }}{% else %}{{ '<|im_end|>\n' }}{% endif %}",
+).replace("m['content'] + }}", "m['content'] }}")
+
+
+def test_a_template_that_closes_earlier_turns_differently_is_refused_with_the_remedy():
+    tokenizer = byte_level(CLOSES_THE_LAST_TURN_DIFFERENTLY)
     with pytest.raises(FastDLLMError, match=r"message 2: .*differently.*generation"):
         render_chat(tokenizer, TWO_TURNS)
-    assert learned_runs(tokenizer, render_chat(tokenizer, TWO_TURNS[:2]))[0].endswith("five, of course<|im_end|>\n")
+    assert learned_runs(tokenizer, render_chat(tokenizer, TWO_TURNS[:2])) == ["five, of course</s>"]
+
+
+def test_content_that_holds_the_marker_is_refused_not_mistaken():
+    tokenizer = byte_level(DROPS_THINKING)
+    turns = [*TWO_TURNS[:2], {"role": "user", "content": chat._MARKER}, TWO_TURNS[3]]
+    with pytest.raises(FastDLLMError, match="message 2: "):
+        render_chat(tokenizer, turns)
 
 
 @pytest.mark.parametrize(

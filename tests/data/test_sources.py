@@ -4,11 +4,18 @@ import sys
 
 import pytest
 
-from fast_dllm.data.sources import Prompt, load_chats, read_chats, read_prompts
+from fast_dllm.data.prompts import Prompt, read_prompts
+from fast_dllm.data.sources import BadRows, Source, parse_sources, read_documents
 from fast_dllm.errors import FastDLLMError
 
 CHAT = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
 GOOD = json.dumps({"messages": CHAT})
+
+
+def read_chats(path, bad=None, **options):
+    """The contents of a source's rows."""
+    bad = BadRows() if bad is None else bad
+    return [document.content for document in read_documents(Source(source=str(path)), bad, **options)]
 
 
 def write(path, *lines):
@@ -56,7 +63,7 @@ def test_a_json_array_is_read_as_rows(tmp_path):
     path = write(tmp_path / "alpaca.json", json.dumps([{"instruction": "2 + 3?", "output": "5"}] * 2, indent=2))
     assert read_chats(path) == [CHAT, CHAT]
     bad = write(tmp_path / "bad.json", json.dumps([{"instruction": "2 + 3?", "output": 5}]))
-    with pytest.raises(FastDLLMError, match="row:1: output is int, not a string"):
+    with pytest.raises(FastDLLMError, match=r"bad\.json row:1: output is int, not a string"):
         read_chats(bad)
 
 
@@ -71,7 +78,9 @@ def messages(*turns):
         ("[1]", "a JSON list, not an object; each line must be"),
         ("[" * 100_000, "nested too deeply|not JSON"),
         ("{}", r"no messages \(keys: none\)"),
-        ('{"text": "x"}', r"no messages \(keys: text\); each row must be"),
+        ('{"txt": "x"}', r"no messages \(keys: txt\); each row must be"),
+        ('{"text": 1}', "text is int, not a string"),
+        ('{"text": " "}', "text is empty"),
         ('{"messages": "x"}', "messages must be a list"),
         ('{"messages": []}', "messages is empty"),
         (messages(CHAT[0], {"role": "bot", "content": "5"}), "message 2: role 'bot' is unknown; use system"),
@@ -98,7 +107,7 @@ def test_a_bad_row_is_one_line_that_names_file_and_line(tmp_path, line, error):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [read_chats, read_prompts, load_chats])
+@pytest.mark.parametrize("read", [read_chats, read_prompts])
 def test_missing_empty_and_directory_are_named(tmp_path, read):
     with pytest.raises(FastDLLMError, match="no such file"):
         read(tmp_path / "none.jsonl")
@@ -109,26 +118,123 @@ def test_missing_empty_and_directory_are_named(tmp_path, read):
             read(write(tmp_path / "empty.jsonl", content))
 
 
-def test_a_parquet_file_is_read_through_datasets(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_parquet_file_is_read_through_datasets(tmp_path, monkeypatch, stream):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = tmp_path / "chats.parquet"
     datasets.Dataset.from_list([{"messages": CHAT}] * 2).to_parquet(str(path))
-    assert load_chats(path) == [CHAT, CHAT]
-    datasets.Dataset.from_list([{"text": "x"}]).to_parquet(str(tmp_path / "bad.parquet"))
+    assert read_chats(path, stream=stream) == [CHAT, CHAT]
+    datasets.Dataset.from_list([{"txt": "x"}]).to_parquet(str(tmp_path / "bad.parquet"))
     with pytest.raises(FastDLLMError, match=r"bad\.parquet row:1: no messages"):
-        load_chats(tmp_path / "bad.parquet")
+        read_chats(tmp_path / "bad.parquet", stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hub_name_is_loaded_with_its_subset_and_split(tmp_path, monkeypatch, stream):
+    """There is no hub here: `datasets` reads the directory of that name as it reads a repository."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    repository = tmp_path / "hub" / "owner" / "name"
+    repository.mkdir(parents=True)
+    write(repository / "first.jsonl", json.dumps({"text": "not this"}))
+    write(repository / "second.jsonl", GOOD, GOOD)
+    card = "---\nconfigs:\n- {config_name: one, data_files: [{split: train, path: first.jsonl}]}\n"
+    card += "- {config_name: two, data_files: [{split: extra, path: second.jsonl}]}\n---\n"
+    (repository / "README.md").write_text(card)
+    source = Source(source="owner/name", subset="two", split="extra")
+    assert source.is_hub_name
+    # From here on the name is a directory too: Source itself would call it one.
+    monkeypatch.chdir(tmp_path / "hub")
+    monkeypatch.setattr(Source, "is_hub_name", True)
+    documents = list(read_documents(source, BadRows(), stream=stream))
+    assert [(document.place, document.content) for document in documents] == [
+        ("owner/name row:1", CHAT),
+        ("owner/name row:2", CHAT),
+    ]
+
+
+def test_a_hub_data_set_that_does_not_come_is_one_line():
+    pytest.importorskip("datasets")
+    with pytest.raises(FastDLLMError, match=r"^owner/name: datasets cannot load it \(.*\)$"):
+        read_chats("owner/name")
 
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(FastDLLMError, match=r"pip install 'fast-dllm\[train\]'"):
-        load_chats("owner/name")
+        read_chats("owner/name")
 
 
 def test_a_jsonl_file_needs_no_datasets(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert load_chats(write(tmp_path / "chats.jsonl", GOOD)) == [CHAT]
+    assert read_chats(write(tmp_path / "chats.jsonl", GOOD)) == [CHAT]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "notes.md"])
+def test_a_text_file_is_one_document(tmp_path, name):
+    assert read_chats(write(tmp_path / name, b"\xef\xbb\xbfOne\r", "two", "", "three")) == ["One\ntwo\n\nthree"]
+
+
+def test_text_rows_and_conversations_may_be_mixed(tmp_path):
+    path = write(tmp_path / "mixed.jsonl", json.dumps({"text": "Once upon a time"}), GOOD)
+    assert read_chats(path) == ["Once upon a time", CHAT]
+
+
+def test_bad_rows_are_counted_and_told_when_they_may_be_skipped(tmp_path):
+    path = write(tmp_path / "chats.jsonl", GOOD, "{broken", b"\xff", GOOD, messages(CHAT[0]))
+    bad = BadRows(skip=True)
+    assert read_chats(path, bad) == [CHAT, CHAT]
+    assert read_chats(path, bad) == [CHAT, CHAT]
+    assert bad.count == 3
+    assert [example.split(" ")[0] for example in bad.examples] == [f"{path}:{line}:" for line in (2, 3, 5)]
+
+
+def test_a_source_of_bad_rows_only_is_refused_all_the_same(tmp_path):
+    with pytest.raises(FastDLLMError, match="has no rows"):
+        read_chats(write(tmp_path / "chats.jsonl", "{broken"), BadRows(skip=True))
+
+
+def test_rows_are_read_one_at_a_time(tmp_path):
+    path = write(tmp_path / "chats.jsonl", GOOD, GOOD, "{broken")
+    documents = read_documents(Source(source=str(path)), BadRows())
+    assert next(documents).place == f"{path}:1"
+    assert next(documents).place == f"{path}:2"
+    with pytest.raises(FastDLLMError, match=":3: not JSON"):
+        next(documents)
+
+
+def test_sources_are_named_with_weights_in_every_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "odd:7", GOOD)
+    assert parse_sources("a.jsonl") == [Source(source="a.jsonl")]
+    assert parse_sources("a.jsonl:2") == [Source(source="a.jsonl", weight=2)]
+    assert parse_sources("owner/name:0.5") == [Source(source="owner/name", weight=0.5)]
+    assert parse_sources("a.jsonl:b") == [Source(source="a.jsonl:b")]
+    assert parse_sources("odd:7") == [Source(source="odd:7")]  # a file of that name
+    both = [Source(source="a.jsonl", weight=2), Source(source="o/n", subset="s", split="test")]
+    assert parse_sources(["a.jsonl:2", {"source": "o/n", "subset": "s", "split": "test"}]) == both
+    assert parse_sources('["a.jsonl:2", {"source": "o/n", "subset": "s", "split": "test"}]') == both
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        ("a.jsonl:0", "weight=0.0: must be a number above 0"),
+        ("a.jsonl:nan", "weight=nan"),
+        ("a.jsonl:-1", "weight=-1.0"),
+        ('{"source": "a", "weight": true}', "weight=True"),
+        ('{"source": "a", "wieght": 1}', "unknown key 'wieght'; a source has source, weight, subset, split"),
+        ('{"source": 1}', "source=1: must be a string"),
+        ("{}", 'no "source"'),
+        ("[", "not JSON"),
+        ([], "must name a file"),
+        (None, "must name a file"),
+    ],
+)
+def test_a_source_that_is_none_is_named(data, error):
+    with pytest.raises(FastDLLMError, match=error):
+        parse_sources(data)
 
 
 def asked(text, identity=None):
@@ -171,3 +277,24 @@ def test_a_bad_prompt_names_file_and_line(tmp_path, line, error):
     with pytest.raises(FastDLLMError, match=error) as caught:
         read_prompts(path)
     assert str(caught.value).startswith(f"{path}:2: ")
+
+
+def test_an_answer_at_the_end_is_left_out_where_a_new_one_is_wanted(tmp_path):
+    rows = [
+        {"messages": [*CHAT, *CHAT], "id": 3},
+        {"instruction": "2 + 3?", "output": "5"},
+        {"conversations": [{"from": "human", "value": "2 + 3?"}]},
+    ]
+    path = write(tmp_path / "chats.jsonl", *map(json.dumps, rows))
+    assert read_prompts(path, replace_answers=True) == [
+        Prompt([*CHAT, CHAT[0]], 3),
+        Prompt([CHAT[0]]),
+        Prompt([CHAT[0]]),
+    ]
+
+
+def test_bad_prompts_are_skipped_and_counted_on_request(tmp_path):
+    path = write(tmp_path / "prompts.jsonl", '{"prompt": "fine"}', "{", '{"prompt": ""}')
+    bad = BadRows(skip=True)
+    assert [prompt.place for prompt in read_prompts(path, bad=bad)] == [f"{path}:1"]
+    assert bad.count == 2

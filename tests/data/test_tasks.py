@@ -1,3 +1,7 @@
+import hashlib
+import itertools
+import json
+import math
 import re
 import sys
 import time
@@ -44,6 +48,72 @@ def test_every_step_of_arithmetic_holds(name):
             left = re.sub(r"(\d+) [a-z ]+ x (\d+)", r"\1 * \2", left)
             assert re.fullmatch(r"\d+ [-+*] \d+", left), step
             assert eval(left) == int(right), step
+
+
+def test_euclid_divides_what_the_step_before_left():
+    for item in make_items(["gcd"], 100, seed=5):
+        steps = [tuple(map(int, re.findall(r"\d+", step))) for step in item.solution.splitlines()[:-1]]
+        assert set(steps[0][:2]) == set(map(int, re.findall(r"\d+", item.question)))
+        assert all(divided % divisor == left for divided, divisor, left in steps)
+        assert all(after[:2] == before[1:] for before, after in itertools.pairwise(steps))
+        assert steps[-1][1:] == (int(item.answer), 0)
+
+
+def test_a_product_is_the_sum_of_its_digits_products():
+    for item in make_items(["products"], 100, seed=5):
+        for step in item.solution.splitlines()[:-1]:
+            left, right = step.split(" = ")
+            assert re.fullmatch(r"\d+ [+*] \d+", left), step
+            assert eval(left) == int(right), step
+        assert eval(item.question.removeprefix("What is ").removesuffix("?")) == int(item.answer)
+
+
+def test_prime_factors_are_divided_out_one_at_a_time():
+    for item in make_items(["prime_factorization"], 100, seed=5):
+        *divisions, last, _ = item.solution.splitlines()
+        left = int(re.search(r"\d+", item.question).group())
+        factors = []
+        for step in divisions:
+            divided, factor, quotient = map(int, re.fullmatch(r"(\d+) / (\d+) = (\d+)", step).groups())
+            assert (divided, factor * quotient) == (left, left)
+            factors.append(factor)
+            left = quotient
+        assert last == f"{left} is prime"
+        factors.append(left)
+        assert all(all(factor % n for n in range(2, factor)) for factor in factors)
+        assert item.answer == " x ".join(map(str, factors))
+
+
+def test_a_fraction_keeps_its_value_and_ends_in_lowest_terms():
+    for item in make_items(["fraction_simplification"], 100, seed=5):
+        written = [tuple(map(int, pair)) for pair in re.findall(r"(\d+)/(\d+)", item.question + item.solution)]
+        assert all(top * written[0][1] == bottom * written[0][0] for top, bottom in written)
+        factors = [int(factor) for factor in re.findall(r"by (\d+)", item.solution)]
+        assert [before[0] // after[0] for before, after in itertools.pairwise(written[:-1])] == factors
+        assert math.gcd(*written[-1]) == 1
+
+
+def test_words_are_taken_in_order():
+    for item in make_items(["word_sorting"], 50, seed=5):
+        words = item.question.split(": ")[1].split(", ")
+        taken = re.findall(r"take (\w+)", item.solution)
+        assert taken == item.answer.split(", ") == sorted(words, reverse="reverse" in item.question)
+
+
+def test_items_that_models_were_trained_on_stay_as_they_are():
+    """Digests of the items that the model in the box was trained on, and of its other tasks."""
+    train, test = train_and_test(["chain_sum", "leg_counting", "number_sorting", "basic_arithmetic"], 2000, 200, seed=0)
+    others = make_items(["letter_counting", "spell_backward"], 600, seed=0)
+    assert [digest(items) for items in (train, test, others)] == [
+        "3bd30cbd26ec31b1",
+        "66d5d3c48be16cb1",
+        "7d7632019e468366",
+    ]
+
+
+def digest(items):
+    rows = json.dumps([[item.task, item.question, item.solution, item.answer] for item in items])
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 
 def test_sorting_steps_take_one_number_at_a_time():
@@ -144,6 +214,13 @@ def test_an_item_is_a_question_and_its_solution_as_a_chat():
         ("spell_backward", "n u s", "Answer: nus", True),
         ("spell_backward", "n u s", "Answer: N-U-S", True),
         ("spell_backward", "n u s", "Answer: n s u", False),
+        ("prime_factorization", "2 x 2 x 3", "Answer: 2 \u00d7 2 \u00d7 3", True),
+        ("prime_factorization", "2 x 2 x 3", "Answer: 2*2*3", True),
+        ("prime_factorization", "2 x 2 x 3", "Answer: 2 x 6", False),
+        ("fraction_simplification", "2/3", "Answer: 2 / 3", True),
+        ("fraction_simplification", "2/3", "Answer: 4/6", False),
+        ("word_sorting", "ant, bee", "Answer: Ant, Bee", True),
+        ("word_sorting", "ant, bee", "Answer: bee, ant", False),
     ],
 )
 def test_the_last_answer_line_decides(task, answer, reply, right):

@@ -2,7 +2,7 @@
 
 from fast_dllm.checkpoint.checkpoint import AUTOREGRESSIVE, Checkpoint
 from fast_dllm.checkpoint.gguf import smollm2_gguf
-from fast_dllm.checkpoint.load import load_adapter_base, load_checkpoint
+from fast_dllm.checkpoint.load import load_adapter_base, load_checkpoint, load_tokenizer_of
 from fast_dllm.checkpoint.mask_token import add_mask_token, find_mask_token
 from fast_dllm.checkpoint.save import save_adapter, save_checkpoint
 
@@ -13,6 +13,7 @@ __all__ = [
     "find_mask_token",
     "load_adapter_base",
     "load_checkpoint",
+    "load_tokenizer_of",
     "save_adapter",
     "save_checkpoint",
     "smollm2_gguf",

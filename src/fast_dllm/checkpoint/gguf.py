@@ -61,6 +61,19 @@ def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, P
         return _load(path, dtype)
 
 
+def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a GGUF file, without its weights; None when the file has none.
+
+    Raises:
+        FastDLLMError: as for `load_gguf`.
+
+    """
+    with _read_once():
+        metadata = _read_metadata(path)
+        with _conversion_errors(path, metadata):
+            return _tokenizer(path, metadata)
+
+
 @contextmanager
 def _read_once() -> Iterator[None]:
     """The file's metadata parsed once, and its progress bar unseen.
@@ -75,30 +88,46 @@ def _read_once() -> Iterator[None]:
 
 def _load(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast | None, str]:
     metadata = _read_metadata(path)
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
-        config = AutoConfig.from_pretrained(**where)
+    with _conversion_errors(path, metadata):
+        config = AutoConfig.from_pretrained(**_where(path))
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            **where, config=config, dtype=torch.float32, output_loading_info=True
+            **_where(path), config=config, dtype=torch.float32, output_loading_info=True
         )
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(**where) if "tokenizer.ggml.model" in metadata else None
+        tokenizer = _tokenizer(path, metadata)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise FastDLLMError(
+            f"{path}: incomplete, {len(missing)} weights are missing, first {missing[0]}; copy it again"
+        )
+    kind = _FILE_TYPES.get(metadata.get("general.file_type", -1), "a")
+    return _unquantised(loaded, dtype), tokenizer, f"dequantised from {kind} GGUF {path.name}"
+
+
+def _where(path: Path) -> dict[str, str]:
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+@contextmanager
+def _conversion_errors(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, IndexError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
         architecture = metadata["general.architecture"]
         raise FastDLLMError(
             f"{path}: transformers cannot convert this GGUF of architecture {architecture!r} ({first_line(error)}); "
             "take the model's safetensors instead"
         ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise FastDLLMError(
-            f"{path}: incomplete, {len(missing)} weights are missing, first {missing[0]}; copy it again"
-        )
-    if tokenizer is not None and metadata.get("tokenizer.ggml.pre") in _DIGIT_SPLITTING:
+
+
+def _tokenizer(path: Path, metadata: dict[str, Any]) -> PreTrainedTokenizerFast | None:
+    if "tokenizer.ggml.model" not in metadata:
+        return None
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(**_where(path))
+    if metadata.get("tokenizer.ggml.pre") in _DIGIT_SPLITTING:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    kind = _FILE_TYPES.get(metadata.get("general.file_type", -1), "a")
-    return _unquantised(loaded, dtype), tokenizer, f"dequantised from {kind} GGUF {path.name}"
+    return tokenizer
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from transformers import PreTrainedTokenizerBase
 
 from fast_dllm.checkpoint import published
 from fast_dllm.checkpoint.adapter import load_adapter, open_base
@@ -22,8 +23,8 @@ from fast_dllm.checkpoint.checkpoint import (
 from fast_dllm.checkpoint.dtype import cast_weights
 from fast_dllm.checkpoint.files import first_line, read_json
 from fast_dllm.checkpoint.fingerprint import fingerprint
-from fast_dllm.checkpoint.gguf import load_gguf, smollm2_gguf
-from fast_dllm.checkpoint.huggingface import check_finite, load_directory
+from fast_dllm.checkpoint.gguf import load_gguf, load_gguf_tokenizer, smollm2_gguf
+from fast_dllm.checkpoint.huggingface import check_finite, load_directory, load_tokenizer
 from fast_dllm.checkpoint.mask_token import PUBLISHED_MASK_TOKEN, find_mask_token
 from fast_dllm.checkpoint.quiet import quiet
 from fast_dllm.config import BlockDiffusionConfig
@@ -109,6 +110,27 @@ def load_adapter_base(directory: str | Path, *, dtype: str | torch.dtype | None 
     """
     with quiet():
         return open_base(Path(directory), partial(load_checkpoint, dtype=dtype), base=None)
+
+
+def load_tokenizer_of(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of what `load_checkpoint` takes, without the model.
+
+    Args:
+        source: as for `load_checkpoint`.
+
+    Raises:
+        FastDLLMError: when there is nothing there, or it has no tokenizer that can be read.
+
+    """
+    path, _ = _locate(source)
+    with quiet():
+        tokenizer = load_gguf_tokenizer(path) if path.is_file() else load_tokenizer(path)
+    if tokenizer is None and (path / "adapter_config.json").exists():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        return load_tokenizer_of(str(base))
+    if tokenizer is None:
+        raise FastDLLMError(f"{source}: has no tokenizer, so conversations cannot be rendered for it")
+    return tokenizer
 
 
 def _from_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -11,6 +11,7 @@ import typer
 
 from fast_dllm.cli.options import (
     BaseOption,
+    CompileOption,
     DtypeOption,
     MaskOption,
     ModelArgument,
@@ -19,10 +20,11 @@ from fast_dllm.cli.options import (
     decoding_from_options,
     takes,
 )
-from fast_dllm.cli.output import waiting, whole_file
+from fast_dllm.cli.output import waiting
 from fast_dllm.config import DecodingConfig
-from fast_dllm.data.sources import Prompt, read_prompts
+from fast_dllm.data.prompts import Prompt, read_prompts
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.files import whole_file
 from fast_dllm.text import check_messages
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def generate(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts decoded at once.")] = 8,
     stop: StopOption = None,
     dtype: DtypeOption = None,
+    compile: CompileOption = False,
     mask_token_id: MaskOption = None,
     base: BaseOption = None,
     **settings: Any,
@@ -69,7 +72,9 @@ def generate(
         with waiting(f"loading {model}"):
             from fast_dllm.api import BlockDiffusionLM
 
-            lm = BlockDiffusionLM.from_pretrained(model, dtype=dtype, mask_token_id=mask_token_id, base=base)
+            lm = BlockDiffusionLM.from_pretrained(
+                model, dtype=dtype, mask_token_id=mask_token_id, base=base, compile=compile
+            )
         answers = lm.answers([row.messages for row in prompts], decoding, max_batch=batch_size)
         if prompt is not None and out is None and not as_json and sys.stdout.isatty():
             _print_text(next(answers))
@@ -109,7 +114,7 @@ def _print_text(answer: "Reply") -> None:
 def _write_rows(prompts: Sequence[Prompt], answers: "Iterator[Reply]", file: TextIO) -> None:
     # One shape for all rows of a file: "prompt" where every row is a single question.
     are_texts = all(len(row.messages) == 1 for row in prompts)
-    for index, (row, answer) in enumerate(zip(prompts, _with_bar(answers, len(prompts)), strict=True)):
+    for index, (row, answer) in enumerate(zip(prompts, with_bar(answers, len(prompts)), strict=True)):
         asked = {"prompt": row.messages[0]["content"]} if are_texts else {"messages": row.messages}
         written = {
             "id": index if row.id is None else row.id,
@@ -124,8 +129,15 @@ def _write_rows(prompts: Sequence[Prompt], answers: "Iterator[Reply]", file: Tex
         file.flush()
 
 
-def _with_bar(answers: "Iterator[Reply]", total: int) -> "Iterator[Reply]":
-    """The answers, with a progress bar on standard error where that is a terminal."""
+def with_bar(answers: "Iterable[Reply]", total: int, *, what: str = "generate", done: int = 0) -> "Iterator[Reply]":
+    """The answers, with a progress bar on standard error where that is a terminal.
+
+    Args:
+        answers: as they become ready.
+        total: how many there will be, those done before included; one alone gets no bar.
+        what: said in front of the bar.
+        done: answered before.
+    """
     if total == 1:
         yield from answers
         return
@@ -134,7 +146,7 @@ def _with_bar(answers: "Iterator[Reply]", total: int) -> "Iterator[Reply]":
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("generate"),
+        TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]} tokens per forward"),
@@ -142,7 +154,7 @@ def _with_bar(answers: "Iterator[Reply]", total: int) -> "Iterator[Reply]":
     )
     tokens = forwards = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("generate", total=total, rate="-")
+        task = progress.add_task(what, total=total, completed=done, rate="-")
         for answer in answers:
             tokens, forwards = tokens + answer.statistics.new_tokens, forwards + answer.statistics.forwards
             progress.update(task, advance=1, rate=f"{tokens / max(forwards, 1):.2f}")

@@ -12,7 +12,7 @@ from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.options import AdaptOptions
 
 _OPTIONS = [field.name for field in fields(AdaptOptions)]
-_SOURCES = ("model", "data", "tasks", "task_items")
+_SOURCES = ("model", "data", "skip_bad_rows", "tasks", "task_items")
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,19 @@ class Recipe:
 
     Attributes:
         model: what `load_checkpoint` takes.
-        data: a file or a hub name; None when tasks are given.
+        data: what `data.sources.parse_sources` takes; None when tasks are given.
         tasks: names in `data.tasks.TASKS`; empty when data is given.
         task_items: training items, over all tasks.
         options: of the training.
+        skip_bad_rows: leave out and count rows that cannot be used.
     """
 
     model: str
-    data: str | None
+    data: object | None
     tasks: tuple[str, ...]
     task_items: int
     options: AdaptOptions
+    skip_bad_rows: bool = False
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -50,11 +52,12 @@ class Recipe:
         items = settings.get("task_items", 8000)
         if not isinstance(items, int) or isinstance(items, bool) or items < 1:
             raise FastDLLMError(f"task_items={items!r}: must be an integer of 1 or more")
-        return cls(model, data, tuple(tasks or ()), items, AdaptOptions(**options))
+        skip = bool(settings.get("skip_bad_rows", False))
+        return cls(model, data, tuple(tasks or ()), items, AdaptOptions(**options), skip)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a recipe file: fields of `AdaptOptions`, and model, data, tasks, task_items.
+    """The settings in a recipe file: fields of `AdaptOptions`, and model, data, skip_bad_rows, tasks, task_items.
 
     Args:
         path: TOML when it is named `.toml`, else JSON.
@@ -69,9 +72,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
             raise FastDLLMError(f"{path}: unknown key {key!r}; the nearest known one is {near!r}")
     hints = get_type_hints(AdaptOptions)
     for key, value in values.items():
-        if hints.get(key) is bool and not isinstance(value, bool):
+        if (hints.get(key) is bool or key == "skip_bad_rows") and not isinstance(value, bool):
             raise FastDLLMError(f"{path}: {key}={value!r}: must be true or false")
-        if key in ("model", "data", "mask_token") and not isinstance(value, str):
+        if key in ("model", "mask_token") and not isinstance(value, str):
             raise FastDLLMError(f"{path}: {key}={value!r}: must be a string")
     if "tasks" in values:
         values["tasks"] = _tasks(path, values["tasks"])

@@ -1,14 +1,18 @@
-"""Conversations to token ids and loss positions, through the tokenizer's own chat template."""
+"""Conversations and texts to token ids and loss positions, through the tokenizer's own chat template."""
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fast_dllm.data.rows import Content
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.text import Message, check_messages, render_messages, special_token_ids
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# Stands for a turn's content: no template looks for it, trims it, or escapes it.
+_MARKER = "a1b2c3d4e5f6"
 
 Span = tuple[int, int]
 
@@ -22,12 +26,31 @@ class Sample:
         loss_mask: n flags; True where the token is to be learned.
         truncated: the end was cut off to keep to a maximal length. All of the loss positions may have gone with
             it: drop a sample where `any(loss_mask)` is false.
+        lost_ends: assistant turns whose end, the end-of-turn token with it, was cut off.
 
     """
 
     input_ids: list[int]
     loss_mask: list[bool]
     truncated: bool = False
+    lost_ends: int = 0
+
+
+def render(tokenizer: Any, content: Content, *, max_length: int | None = None) -> list[Sample]:
+    """A conversation as one sample (`render_chat`), a text as one or more (`render_text`).
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        content: the conversation or text.
+        max_length: most tokens of a sample.
+
+    Raises:
+        FastDLLMError: as `render_chat`.
+
+    """
+    if isinstance(content, str):
+        return render_text(tokenizer, content, max_length=max_length)
+    return [render_chat(tokenizer, content, max_length=max_length)]
 
 
 def render_chat(tokenizer: Any, messages: object, *, max_length: int | None = None) -> Sample:
@@ -35,7 +58,7 @@ def render_chat(tokenizer: Any, messages: object, *, max_length: int | None = No
 
     Loss positions are the tokens of every assistant turn: its text, the end-of-turn token, and the newline after
     it where the template has one. A template with `{% generation %}` marks says where the text is; in any other it
-    is what rendering one more turn adds behind the generation prompt. A token that holds characters of both the
+    is what stands between the generation prompt and the next turn. A token that holds characters of both the
     prompt and the answer (a newline merged with an answer's leading spaces) is the assistant's.
 
     Args:
@@ -63,23 +86,33 @@ def render_chat(tokenizer: Any, messages: object, *, max_length: int | None = No
     return _cut(Sample(ids, loss), max_length)
 
 
-def render_text(tokenizer: Any, text: str, *, max_length: int | None = None) -> Sample:
-    """Plain text to continue: loss on every token but the first, which nothing predicts.
+def render_text(tokenizer: Any, text: str, *, max_length: int | None = None) -> list[Sample]:
+    """Plain text to continue, with the tokenizer's end-of-text token behind it.
+
+    There is loss on every token but the first, which nothing predicts. A longer text is cut into windows that
+    overlap by one token, so that every other token is learned exactly once.
 
     Args:
         tokenizer: a Hugging Face tokenizer; its own special tokens are added.
         text: the document.
-        max_length: cut longer samples to this many tokens (and mark them `truncated`).
+        max_length: most tokens of a window, 2 or more; None makes one of any length.
 
     """
     ids = list(tokenizer(text)["input_ids"])
-    return _cut(Sample(ids, [position > 0 for position in range(len(ids))]), max_length)
+    end = tokenizer.eos_token_id
+    if end is not None and ids[-1:] != [end]:
+        ids.append(int(end))
+    step = max(len(ids), 1) if max_length is None else max_length - 1
+    windows = [ids[start : start + step + 1] for start in range(0, max(len(ids) - 1, 1), step)]
+    return [Sample(window, [position > 0 for position in range(len(window))]) for window in windows]
 
 
 def _cut(sample: Sample, max_length: int | None) -> Sample:
-    if max_length is None or len(sample.input_ids) <= max_length:
+    loss = sample.loss_mask
+    if max_length is None or len(loss) <= max_length:
         return sample
-    return Sample(sample.input_ids[:max_length], sample.loss_mask[:max_length], truncated=True)
+    lost = sum(here and not after for here, after in zip(loss[max_length:], [*loss[max_length + 1 :], False]))
+    return Sample(sample.input_ids[:max_length], loss[:max_length], truncated=True, lost_ends=lost)
 
 
 def _token_ranges(offsets: Iterable[Span]) -> list[Span]:
@@ -112,16 +145,46 @@ def _added_spans(tokenizer: Any, turns: Sequence[Message], text: str) -> list[Sp
             continue
         if index == 0:
             raise FastDLLMError("message 1 is the assistant's; begin the conversation with a user message")
-        prompt = render_messages(tokenizer, turns[:index], add_generation_prompt=True)
-        through = render_messages(tokenizer, turns[: index + 1], add_generation_prompt=False)
-        if not (text.startswith(through) and through.startswith(prompt)):
+        begin = _end_of_turn(tokenizer, turns, index - 1, text, add_generation_prompt=True)
+        end = _end_of_turn(tokenizer, turns, index, text, add_generation_prompt=False)
+        if begin is None or end is None or begin > end:
             raise FastDLLMError(
                 f"message {index + 1}: the chat template writes this turn differently when the conversation goes on "
                 "(or not behind its generation prompt), so its tokens cannot be told apart; "
                 "mark the assistant's text with {% generation %} in the template"
             )
-        spans.append((len(prompt), len(through)))
+        spans.append((begin, end))
     return spans
+
+
+def _end_of_turn(
+    tokenizer: Any, turns: Sequence[Message], index: int, text: str, *, add_generation_prompt: bool
+) -> int | None:
+    """Where a turn ends in the text of the whole conversation; None where that cannot be told exactly.
+
+    Args:
+        tokenizer: with the chat template.
+        turns: the whole conversation.
+        index: of the turn.
+        text: of the whole conversation.
+        add_generation_prompt: count the opening of an answer that would follow as the turn's.
+
+    """
+    through = turns[: index + 1]
+    written = render_messages(tokenizer, through, add_generation_prompt=add_generation_prompt)
+    if text.startswith(written):
+        return len(written)
+    # The template writes the turn, or one before it, differently as the last one (Qwen3 drops earlier thoughts). What
+    # it writes behind the turn's content is found by putting a marker in its place: first alone, then with the rest.
+    marked = {**turns[index], "content": _MARKER}
+    alone = render_messages(tokenizer, [*turns[:index], marked], add_generation_prompt=add_generation_prompt)
+    whole = render_messages(tokenizer, [*turns[:index], marked, *turns[index + 1 :]], add_generation_prompt=False)
+    if alone.count(_MARKER) != 1 or whole.count(_MARKER) != 1:
+        return None
+    closing, rest = alone.partition(_MARKER)[2], whole.partition(_MARKER)[2]
+    if not closing or not rest.startswith(closing) or not text.endswith(rest):
+        return None
+    return len(text) - len(rest) + len(closing)
 
 
 def _marked_spans(tokenizer: Any, turns: Sequence[Message]) -> list[Span]:

@@ -80,7 +80,7 @@ def pack(
             size = len(sample.input_ids)
             raise FastDLLMError(f"sample {index} has {size} tokens, more than length={length}; truncate it")
     documents = [pad_to_blocks(sample, block_size, pad_id) if pad_blocks else sample for sample in samples]
-    rows = _first_fit([len(document.input_ids) for document in documents], length)
+    rows = first_fit([len(document.input_ids) for document in documents], length)
     return [_to_row([documents[index] for index in row], block_size, pad_id) for row in rows]
 
 
@@ -119,8 +119,18 @@ def _to_row(documents: Sequence[Sample], block_size: int, pad_id: int) -> Packed
     )
 
 
-def _first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Indices of the sizes in each row. A tree over the rows' free room finds the first fit in O(log n)."""
+def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Put sizes into rows, each into the first row that has room.
+
+    Args:
+        sizes: none above `length`.
+        length: room of a row.
+
+    Returns:
+        The indices of the sizes in each row.
+
+    """
+    # A tree over the rows' free room finds the first fit in O(log n).
     leaves = 1
     while leaves < len(sizes):
         leaves *= 2

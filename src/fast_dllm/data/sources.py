@@ -1,260 +1,288 @@
-"""Conversations and prompts from files and the Hugging Face hub; a bad row is an error that names file and line."""
+"""Where training data comes from: JSON lines, parquet, plain text, the Hugging Face hub.
+
+A row that cannot be used is an error that names file and line, or is counted and left out.
+"""
 
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
+from fast_dllm.data.rows import CHAT_ROW, Content, check_object, content_of, json_object
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.text import Message, check_messages
 
-_Row = TypeVar("_Row")
-_Parsed = TypeVar("_Parsed")
-
-_CHAT_ROW = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-_PROMPT_ROW = '{"prompt": "..."} or {"messages": [...]}'
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+_TEXT_SUFFIXES = (".txt", ".md")
+_EXAMPLES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt of a batch.
+class Document:
+    """One row of a source.
 
     Attributes:
-        messages: the conversation to answer.
-        id: the row's own "id", passed through to its answer; None where the row has none.
+        content: a conversation, or plain text to continue.
+        place: where it stands, such as "chats.jsonl:12".
 
     """
 
-    messages: list[Message]
-    id: str | int | None = None
+    content: Content
+    place: str
 
 
-def read_chats(path: str | Path) -> list[list[Message]]:
-    """Read conversations from a JSONL file, or a `.json` file that is one array of rows.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One data set.
 
-    A row is {"messages": [{"role", "content"}, ...]}, or as ShareGPT writes it ({"conversations": [{"from",
-    "value"}, ...]}), or as Alpaca does ({"instruction", "input", "output"}). Other keys are ignored.
+    Attributes:
+        source: a file, or a hub name "owner/name" where there is no such file.
+        weight: its share of what is drawn, relative to the other sources; None where shares are not asked for.
+        subset: of a hub data set that has several.
+        split: of a hub data set.
+
+    """
+
+    source: str
+    weight: float | None = None
+    subset: str | None = None
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        weight = self.weight
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if weight is not None and not (is_number and math.isfinite(weight) and weight > 0):
+            raise FastDLLMError(f"{self.source}: weight={weight!r}: must be a number above 0")
+
+    @property
+    def is_hub_name(self) -> bool:
+        """Whether `source` can only be the name of a hub data set."""
+        path = Path(self.source)
+        return not path.exists() and not path.suffix and len(path.parts) == 2 and not path.is_absolute()
+
+
+class BadRows:
+    """What becomes of rows that cannot be used.
+
+    Attributes:
+        skip: leave them out; otherwise the first one is an error.
+
+    """
+
+    def __init__(self, *, skip: bool = False) -> None:
+        """Nothing has been found yet."""
+        self.skip = skip
+        self._errors: dict[str, str] = {}
+
+    @property
+    def count(self) -> int:
+        """Rows left out. A row that is met again counts once."""
+        return len(self._errors)
+
+    @property
+    def examples(self) -> list[str]:
+        """What was wrong with the first of them."""
+        return [f"{place}: {error}" for place, error in list(self._errors.items())[:_EXAMPLES]]
+
+    def add(self, place: str, error: FastDLLMError) -> None:
+        """Count a row.
+
+        Raises:
+            FastDLLMError: naming the row, when none may be left out.
+
+        """
+        if not self.skip:
+            raise FastDLLMError(f"{place}: {error}") from error
+        self._errors[place] = str(error)
+
+
+def parse_sources(data: object) -> list[Source]:
+    """The sources that a command line, a recipe or a caller names.
 
     Args:
-        path: the file, UTF-8; blank lines are skipped.
-
-    Returns:
-        Conversations, each with an assistant turn after a user turn.
+        data: one or a list of: "FILE" or "owner/name", with ":WEIGHT" behind it if wanted; a mapping of `Source`'s
+            fields; or the JSON of such a mapping or list.
 
     Raises:
-        FastDLLMError: for a file that cannot be read or is empty, or a bad row (naming file and line).
+        FastDLLMError: for anything else, or no source at all.
 
     """
-    lines = list(_file_lines(path))
-    if Path(path).suffix.lower() == ".json" and lines and lines[0][1].lstrip().startswith("["):
-        chats = _parse_rows(f"{path} row", enumerate(_json_array(path, lines), start=1), _chat)
-    else:
-        chats = _parse_rows(str(path), lines, lambda line: _chat(_json_object(line, _CHAT_ROW)))
-    if not chats:
-        raise FastDLLMError(f"{path}: has no rows; each line must be {_CHAT_ROW}")
-    return chats
+    if isinstance(data, (str, Path)):
+        text = str(data)
+        return parse_sources(_parsed(text)) if text.lstrip().startswith(("{", "[")) else [_from_text(text)]
+    if isinstance(data, Mapping):
+        return [_from_mapping(data)]
+    if not isinstance(data, Sequence) or not data:
+        raise FastDLLMError(f"data={data!r}: must name a file or a hub data set, or be a list of these")
+    return [source for part in data for source in parse_sources(part)]
 
 
-def load_chats(source: str | Path, *, split: str = "train") -> list[list[Message]]:
-    """Conversations from a JSONL file, a parquet file, or a data set of the Hugging Face hub.
+def read_documents(source: Source, bad: BadRows, *, stream: bool = False) -> Iterator[Document]:
+    """Read a source, row by row.
+
+    A `.txt` or `.md` file is one text. A `.parquet` file and the hub are read by `datasets`. A `.json` file that is
+    one array is read as its rows, every other file as JSON lines (UTF-8; blank lines are skipped). `content_of` says
+    what a row may look like.
 
     Args:
-        source: a path, or a hub name "owner/name" where there is no such path.
-        split: split of a hub data set.
+        source: what to read.
+        bad: told of every row that cannot be used.
+        stream: take a hub data set as it comes, instead of downloading it first. Files are never held whole, but for
+            plain text and JSON arrays.
 
     Raises:
-        FastDLLMError: as `read_chats`; also when `datasets` is missing or cannot load the source.
+        FastDLLMError: for a source that cannot be read or has no usable row, or as `bad` does.
 
     """
-    path = Path(source)
-    is_hub_name = not path.exists() and not path.suffix and len(path.parts) == 2 and not path.is_absolute()
-    if path.suffix != ".parquet" and not is_hub_name:
-        return read_chats(path)
-    if not is_hub_name:
-        _check_is_file(path)
-    try:
-        import datasets
-    except ImportError as error:
-        raise FastDLLMError(f"{source}: datasets is not installed; run pip install 'fast-dllm[train]'") from error
-    # datasets raises what its file systems and the network raise.
-    try:
-        if is_hub_name:
-            rows = datasets.load_dataset(str(source), split=split)
-        else:
-            rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except Exception as error:
-        raise FastDLLMError(f"{source}: datasets cannot load it ({_one_line(error)})") from error
-    chats = _parse_rows(f"{source} row", enumerate(rows, start=1), _chat)
-    if not chats:
-        raise FastDLLMError(f"{source}: has no rows")
-    return chats
-
-
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read prompts to answer.
-
-    Args:
-        path: a `.txt` file has one prompt per line; a `.jsonl` file rows of {"prompt": str} or {"messages": [...]},
-            with an optional "id". "-" is standard input; it, and a file named otherwise, is taken for JSONL when
-            it begins with a brace. Blank lines are skipped.
-
-    Raises:
-        FastDLLMError: for a file that cannot be read or is empty, or a bad row (naming file and line).
-
-    """
-    is_stdin = str(path) == "-"
-    name = "standard input" if is_stdin else str(path)
-    if is_stdin:
-        lines = list(_decoded_lines(name, sys.stdin.buffer.read()))
-    else:
-        lines = list(_file_lines(path))
-    if not lines:
-        raise FastDLLMError(f"{name}: has no prompts; write one per line, as plain text or {_PROMPT_ROW}")
-    suffix = "" if is_stdin else Path(path).suffix.lower()
-    is_json = suffix in (".jsonl", ".json") or (suffix != ".txt" and lines[0][1].lstrip().startswith("{"))
-    if is_json:
-        return _parse_rows(name, lines, lambda line: _prompt(_json_object(line, _PROMPT_ROW)))
-    return [Prompt([{"role": "user", "content": line}]) for _, line in lines]
-
-
-def _parse_rows(name: str, rows: Iterable[tuple[int, _Row]], parse: Callable[[_Row], _Parsed]) -> list[_Parsed]:
-    parsed = []
-    for number, row in rows:
+    parse, rows = _open(source, stream=stream)
+    is_empty = True
+    for place, raw in rows:
         try:
-            parsed.append(parse(row))
+            document = Document(parse(raw), place)
         except FastDLLMError as error:
-            raise FastDLLMError(f"{name}:{number}: {error}") from error
-    return parsed
+            bad.add(place, error)
+            continue
+        is_empty = False
+        yield document
+    if is_empty:
+        raise FastDLLMError(f"{source.source}: has no rows; each row must be {CHAT_ROW}")
 
 
-def _check_is_file(path: Path) -> None:
+def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of the lines that are not blank."""
+    # Not text mode: its universal newlines, and str.splitlines, end lines where JSON does not.
+    for number, line in enumerate(file, start=1):
+        content = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip(b"\r\n")
+        if content.strip():
+            yield number, content
+
+
+def decode(line: bytes) -> str:
+    """A line as text.
+
+    Raises:
+        FastDLLMError: when it is not UTF-8.
+
+    """
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FastDLLMError(f"not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file opened for reading.
+
+    Raises:
+        FastDLLMError: when it is missing, a directory, or not readable.
+
+    """
     if path.is_dir():
         raise FastDLLMError(f"{path}: is a directory; name a file in it")
     if not path.exists():
         raise FastDLLMError(f"{path}: no such file; check the path")
-
-
-def _file_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    _check_is_file(Path(path))
     try:
-        content = Path(path).read_bytes()
+        return path.open("rb")
     except OSError as error:
         raise FastDLLMError(f"{path}: cannot be read ({error.strerror})") from error
-    return _decoded_lines(str(path), content)
 
 
-def _decoded_lines(name: str, content: bytes) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of the lines that are not blank."""
-    # str.splitlines would also split at U+2028 and its like, which JSON allows inside a string.
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            text = line.decode("utf-8").strip("\r")
-        except UnicodeDecodeError as error:
-            raise FastDLLMError(f"{name}:{number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-        if text.strip():
-            yield number, text
-
-
-def _json_array(path: str | Path, lines: Iterable[tuple[int, str]]) -> list[Mapping[str, Any]]:
-    try:
-        rows = json.loads("\n".join(line for _, line in lines))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise FastDLLMError(f"{path}: not a JSON array ({_one_line(error)}); write one row per line instead") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise FastDLLMError(f"{path} row:{number}: a JSON {type(row).__name__}, not an object; write {_CHAT_ROW}")
-    return list(rows)
-
-
-def _json_object(line: str, shape: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise FastDLLMError(f"not JSON ({error.msg} at column {error.colno}); each line must be {shape}") from error
-    except RecursionError as error:
-        raise FastDLLMError(f"nested too deeply; each line must be {shape}") from error
-    if not isinstance(row, dict):
-        raise FastDLLMError(f"a JSON {type(row).__name__}, not an object; each line must be {shape}")
-    return row
-
-
-def _chat(row: Mapping[str, Any]) -> list[Message]:
-    if row.get("messages") is not None:
-        messages = check_messages(row["messages"])
-    elif row.get("conversations") is not None:
-        messages = check_messages(_from_sharegpt(row))
-    elif "instruction" in row and "output" in row:
-        messages = check_messages(_from_alpaca(row))
-    else:
-        raise FastDLLMError(f"no messages (keys: {', '.join(row) or 'none'}); each row must be {_CHAT_ROW}")
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise FastDLLMError("no assistant turn, so nothing to learn from; add the answer or drop the row")
-    if "user" not in roles[: roles.index("assistant")]:
-        raise FastDLLMError("the assistant speaks before the user; begin with a user turn or drop the row")
-    return messages
-
-
-def _from_sharegpt(row: Mapping[str, Any]) -> object:
-    turns = row["conversations"]
-    if not isinstance(turns, list):
-        raise FastDLLMError('conversations is not a list; write [{"from": "human", "value": "..."}, ...]')
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return system + [_from_sharegpt_turn(number, turn) for number, turn in enumerate(turns, start=1)]
-
-
-def _from_sharegpt_turn(number: int, turn: object) -> object:
-    if not isinstance(turn, Mapping) or "from" not in turn:
-        return turn
-    if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT_ROLES:
-        known = ", ".join(_SHAREGPT_ROLES)
-        raise FastDLLMError(f"message {number}: from {turn['from']!r} is unknown; use {known}")
-    if "value" not in turn:
-        raise FastDLLMError(f'message {number} has no "value"; write {{"from": ..., "value": ...}}')
-    return {"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
-
-
-def _from_alpaca(row: Mapping[str, Any]) -> object:
-    for key in ("instruction", "output"):
-        if not isinstance(row[key], str):
-            raise FastDLLMError(f"{key} is {type(row[key]).__name__}, not a string")
-    extra = row.get("input") or ""
-    if not isinstance(extra, str):
-        raise FastDLLMError(f"input is {type(extra).__name__}, not a string")
-    question = f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return [*system, {"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-
-
-def _prompt(row: Mapping[str, Any]) -> Prompt:
-    identity = row.get("id")
-    if identity is not None and (isinstance(identity, bool) or not isinstance(identity, (str, int))):
-        raise FastDLLMError(f"id is {type(identity).__name__}; use a string or an integer")
-    if "prompt" in row and "messages" in row:
-        raise FastDLLMError("has both prompt and messages; keep one")
-    if "prompt" in row:
-        if not isinstance(row["prompt"], str):
-            raise FastDLLMError(f"prompt is {type(row['prompt']).__name__}, not a string")
-        if not row["prompt"].strip():
-            raise FastDLLMError("prompt is empty; write what to ask or drop the row")
-        return Prompt(check_messages([{"role": "user", "content": row["prompt"]}]), identity)
-    if "messages" not in row:
-        raise FastDLLMError(f"no prompt (keys: {', '.join(row) or 'none'}); each line must be {_PROMPT_ROW}")
-    messages = check_messages(row["messages"])
-    if messages[-1]["role"] != "user":
-        raise FastDLLMError(f"the last message is the {messages[-1]['role']}'s; end with a user message")
-    return Prompt(messages, identity)
-
-
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FastDLLMError(f"data {text[:40]!r}: not JSON ({one_line(error)})") from error
+
+
+def _from_text(text: str) -> Source:
+    location, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Source(source=text)
+    try:
+        return Source(source=location, weight=float(weight))
+    except ValueError:
+        return Source(source=text)
+
+
+def _from_mapping(values: Mapping[str, Any]) -> Source:
+    known = [field.name for field in fields(Source)]
+    for key in values:
+        if key not in known:
+            raise FastDLLMError(f"data: unknown key {key!r}; a source has {', '.join(known)}")
+    for key in ("source", "subset", "split"):
+        if key in values and not isinstance(values[key], str):
+            raise FastDLLMError(f"data: {key}={values[key]!r}: must be a string")
+    if "source" not in values:
+        raise FastDLLMError('data: a source has no "source"; name its file or hub data set')
+    return Source(**values)
+
+
+def _open(source: Source, *, stream: bool) -> tuple[Callable[[Any], Content], Iterable[tuple[str, Any]]]:
+    """How to read a row, and the rows with their places."""
+    path = Path(source.source)
+    if source.is_hub_name or path.suffix == ".parquet":
+        return content_of, _loaded_rows(source, stream=stream)
+    if path.suffix.lower() in _TEXT_SUFFIXES:
+        return _as_text, _text_file(path)
+    if path.suffix.lower() == ".json" and _is_array(path):
+        return lambda row: content_of(check_object(row, f"write {CHAT_ROW}")), _array_rows(path)
+    return lambda line: content_of(json_object(decode(line), CHAT_ROW)), _lines(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    with open_file(path) as file:
+        for number, line in numbered_lines(file):
+            yield f"{path}:{number}", line
+
+
+def _text_file(path: Path) -> Iterator[tuple[str, bytes]]:
+    with open_file(path) as file:
+        content = file.read().removeprefix(b"\xef\xbb\xbf")
+    if content.strip():
+        yield str(path), content
+
+
+def _as_text(content: bytes) -> str:
+    return decode(content).replace("\r\n", "\n")
+
+
+def _is_array(path: Path) -> bool:
+    with open_file(path) as file:
+        return next((line for _, line in numbered_lines(file)), b"").lstrip().startswith(b"[")
+
+
+def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with open_file(path) as file:
+        content = file.read()
+    try:
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise FastDLLMError(f"{path}: not a JSON array ({one_line(error)}); write one row per line instead") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{path} row:{number}", row
+
+
+def _loaded_rows(source: Source, *, stream: bool) -> Iterator[tuple[str, Any]]:
+    name = source.source
+    if not source.is_hub_name:
+        open_file(Path(name)).close()
+    try:
+        import datasets
+    except ImportError as error:
+        raise FastDLLMError(f"{name}: datasets is not installed; run pip install 'fast-dllm[train]'") from error
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of an error, it raises too
+    # datasets raises what its file systems and the network raise, and of a stream only while it is read.
+    try:
+        if source.is_hub_name:
+            rows = datasets.load_dataset(name, source.subset, split=source.split, streaming=stream)
+        else:
+            rows = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield f"{name} row:{number}", row
+    except Exception as error:
+        raise FastDLLMError(f"{name}: datasets cannot load it ({one_line(error)})") from error

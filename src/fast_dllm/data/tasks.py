@@ -5,13 +5,13 @@ solution is short, regular, and ends in a line `Answer: <answer>`. The tasks are
 hundred million parameters can learn each from a few thousand examples, so that decoders can be compared on it.
 """
 
-import ast
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from fast_dllm.data import solutions
 from fast_dllm.errors import FastDLLMError
 
 # reasoning-gym seeds item i of a dataset with seed + i: datasets of neighbouring seeds share all items but one.
@@ -21,8 +21,6 @@ _MAX_CONSECUTIVE_REJECTS = 20_000
 
 RESERVED_TEST_ITEMS = 200
 """Test items of seed 0 that no training run on tasks gets to see; measure on these."""
-
-Entry = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,113 +62,8 @@ class TaskSpec:
 
     dataset: str
     settings: Mapping[str, Any]
-    work: Callable[[Entry], tuple[str, list[str], str] | None]
+    work: Callable[[solutions.Entry], solutions.Worked | None]
     normalise: Callable[[str], str] = field(default=lambda text: text)
-
-
-def _chain_sum(entry: Entry) -> tuple[str, list[str], str] | None:
-    terms = entry["metadata"]["expression"].split()
-    total, steps = int(terms[0]), []
-    for sign, term in zip(terms[1::2], terms[2::2]):
-        after = total + int(term) if sign == "+" else total - int(term)
-        if after < 0:
-            return None
-        steps.append(f"{total} {sign} {term} = {after}")
-        total = after
-    return f"What is {' '.join(terms)}?", steps, str(total)
-
-
-def _leg_counting(entry: Entry) -> tuple[str, list[str], str]:
-    from reasoning_gym.arithmetic.leg_counting import ANIMALS
-
-    question = entry["question"].strip().splitlines()[-1].removeprefix("Now, ")
-    steps, total = [], 0
-    for position, (animal, count) in enumerate(entry["metadata"]["animals"].items()):
-        legs = count * ANIMALS[animal]
-        steps.append(f"{count} {animal}{'s' if count > 1 else ''} x {ANIMALS[animal]} = {legs}")
-        if position > 0:
-            steps.append(f"{total} + {legs} = {total + legs}")
-        total += legs
-    return question[0].upper() + question[1:], steps, str(total)
-
-
-def _number_sorting(entry: Entry) -> tuple[str, list[str], str]:
-    numbers = [int(float(number)) for number in entry["metadata"]["original_numbers"]]
-    direction = entry["metadata"]["direction"]
-    left, taken, steps = list(numbers), [], []
-    while left:
-        number = min(left) if direction == "ascending" else max(left)
-        left.remove(number)
-        taken.append(number)
-        steps.append(f"take {number}" + (f", left {_commas(left)}" if left else ""))
-    return f"Sort these numbers in {direction} order: {_commas(numbers)}", steps, _commas(taken)
-
-
-def _commas(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def _letter_counting(entry: Entry) -> tuple[str, list[str], str] | None:
-    metadata = entry["metadata"]
-    words = [word.lower() for word in metadata["span"]]
-    target, letters = metadata["target_letter"], "".join(words)
-    # Most answers would be 1, and "1" a good guess: keep one in five of those.
-    is_common = letters.count(target) == 1 and metadata["source_index"] % 5 > 0
-    if is_common or not (letters.isalpha() and letters.isascii() and 4 <= len(letters) <= 14):
-        return None
-    count, steps = 0, []
-    for word in words:
-        spelled = []
-        for letter in word:
-            count += letter == target
-            spelled.append(f"{letter} ({count})" if letter == target else letter)
-        steps.append(" ".join(spelled))
-    question = f'How many times does the letter "{target}" appear in "{" ".join(metadata["span"])}"?'
-    return question, steps, str(count)
-
-
-def _spell_backward(entry: Entry) -> tuple[str, list[str], str] | None:
-    word = entry["metadata"]["word"]
-    if not (word.isalpha() and word.isascii() and word.islower()):
-        return None
-    question = f"Spell this word backward, letter by letter (example: sun -> n u s): {word}"
-    return question, [" ".join(word)], " ".join(reversed(word))
-
-
-_OPERATORS: dict[type[ast.operator], tuple[str, Callable[[int, int], int]]] = {
-    ast.Add: ("+", lambda a, b: a + b),
-    ast.Sub: ("-", lambda a, b: a - b),
-    ast.Mult: ("*", lambda a, b: a * b),
-}
-
-
-class _TooHardError(Exception):
-    """An expression outside what the task keeps."""
-
-
-def _evaluate(node: ast.expr, steps: list[str]) -> int:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return node.value
-    if not isinstance(node, ast.BinOp) or type(node.op) not in _OPERATORS:
-        raise _TooHardError
-    sign, operate = _OPERATORS[type(node.op)]
-    left, right = _evaluate(node.left, steps), _evaluate(node.right, steps)
-    value = operate(left, right)
-    if not 0 <= value <= 99:
-        raise _TooHardError
-    steps.append(f"{left} {sign} {right} = {value}")
-    return value
-
-
-def _basic_arithmetic(entry: Entry) -> tuple[str, list[str], str] | None:
-    expression = entry["metadata"]["expression"]
-    steps: list[str] = []
-    try:
-        value = _evaluate(ast.parse(expression, mode="eval").body, steps)
-    except _TooHardError:
-        return None
-    shown = expression.replace("( ", "(").replace(" )", ")")
-    return f"Calculate {shown}.", steps, str(value)
 
 
 def _as_number(text: str) -> str:
@@ -184,6 +77,14 @@ def _as_list(text: str) -> str:
     return ", ".join(_as_number(part) for part in re.sub(r"[\[\]'\"]", "", text).replace(",", " ").split())
 
 
+def _as_factors(text: str) -> str:
+    return " x ".join(re.findall(r"\d+", text))
+
+
+def _without_spaces(text: str) -> str:
+    return text.replace(" ", "")
+
+
 def _as_letters(text: str) -> str:
     return re.sub(r"[\s-]", "", text)
 
@@ -192,29 +93,57 @@ TASKS: dict[str, TaskSpec] = {
     "chain_sum": TaskSpec(
         "chain_sum",
         {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
-        _chain_sum,
+        solutions.chain_sum,
         _as_number,
     ),
     "leg_counting": TaskSpec(
         "leg_counting",
         {"min_animals": 2, "max_animals": 3, "min_instances": 1, "max_instances": 6},
-        _leg_counting,
+        solutions.leg_counting,
         _as_number,
     ),
     "number_sorting": TaskSpec(
         "number_sorting",
         {"min_numbers": 3, "max_numbers": 4, "max_decimals": 0, "min_value": 0, "max_value": 99},
-        _number_sorting,
+        solutions.number_sorting,
         _as_list,
     ),
-    "letter_counting": TaskSpec("letter_counting", {"min_words": 1, "max_words": 2}, _letter_counting, _as_number),
-    "spell_backward": TaskSpec("spell_backward", {"min_word_len": 3, "max_word_len": 6}, _spell_backward, _as_letters),
+    "letter_counting": TaskSpec(
+        "letter_counting", {"min_words": 1, "max_words": 2}, solutions.letter_counting, _as_number
+    ),
+    "spell_backward": TaskSpec(
+        "spell_backward", {"min_word_len": 3, "max_word_len": 6}, solutions.spell_backward, _as_letters
+    ),
     "basic_arithmetic": TaskSpec(
         "basic_arithmetic",
         {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1, "operators": ["+", "-", "*"]}
         | {"allow_negation": False},
-        _basic_arithmetic,
+        solutions.basic_arithmetic,
         _as_number,
+    ),
+    "gcd": TaskSpec(
+        "gcd",
+        {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 99},
+        solutions.greatest_common_divisor,
+        _as_number,
+    ),
+    "products": TaskSpec(
+        "products", {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, solutions.product, _as_number
+    ),
+    "prime_factorization": TaskSpec(
+        "prime_factorization", {"min_value": 4, "max_value": 9999}, solutions.prime_factors, _as_factors
+    ),
+    "fraction_simplification": TaskSpec(
+        "fraction_simplification",
+        {"min_value": 1, "max_value": 30, "min_factor": 2, "max_factor": 12, "styles": ["plain"]},
+        solutions.simplified_fraction,
+        _without_spaces,
+    ),
+    "word_sorting": TaskSpec(
+        "word_sorting",
+        {"min_words": 3, "max_words": 4, "min_word_length": 3, "max_word_length": 8},
+        solutions.word_sorting,
+        _as_list,
     ),
 }
 
