@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.masks import CLEAN, NOWHERE, Tokens
 
+CHUNK = 1024
+"""Targets whose logits are held at a time."""
+
 
 class Streams(NamedTuple):
     """[view 1 | view 2 | clean], less what no loss depends on, ready for one forward.
@@ -25,6 +28,7 @@ class Streams(NamedTuple):
         read: int64 [N, 2], (row, column) of the hidden state that predicts each target.
         targets: int64 [N].
         is_ar: bool [N], true where the target belongs to the autoregressive loss on the clean stream.
+        origin: int64 [N, 3], (view, row, place in the row) of each target; the view of the clean stream is V.
     """
 
     input_ids: Tensor
@@ -33,6 +37,7 @@ class Streams(NamedTuple):
     read: Tensor
     targets: Tensor
     is_ar: Tensor
+    origin: Tensor
 
 
 def lay_out(
@@ -90,9 +95,10 @@ def lay_out(
     tokens = Tokens(stream.masked_fill(padding, CLEAN), block, index, document.masked_fill(padding, NOWHERE))
 
     rank = flat_keep.cumsum(1) - 1
-    which, row, place = scored.nonzero(as_tuple=True)
+    origin = scored.nonzero()
+    which, row, place = origin.unbind(1)
     read = torch.stack([row, rank[row, which * length + place - shift]], dim=1)
-    return Streams(ids, position, tokens, read, input_ids[row, place], which == len(views))
+    return Streams(ids, position, tokens, read, input_ids[row, place], which == len(views), origin)
 
 
 def _needed(reads: Tensor, document: Tensor, block_size: int, *, whole_blocks: bool) -> Tensor:
@@ -125,7 +131,7 @@ def _needed(reads: Tensor, document: Tensor, block_size: int, *, whole_blocks: b
     return torch.cat([noisy & (document != NOWHERE), clean[None]])
 
 
-def token_losses(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], *, chunk: int = 1024) -> Tensor:
+def token_losses(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], *, chunk: int = CHUNK) -> Tensor:
     """Cross-entropy of each target, without ever holding all logits.
 
     Each chunk's logits are dropped after the forward and recomputed in the backward, so memory does not grow

@@ -69,6 +69,7 @@ def test_tasks_are_made_and_held_out(run, plain, tmp_path):
     outcome = run("adapt", "--model", plain, "--out", tmp_path / "adapted", *flags, *FAST, "--max-length", 256)
     assert outcome.code == 0, outcome.err
     assert "6, 2 held out" in outcome.out
+    assert all("eval_right" in line for line in log(tmp_path / "adapted") if "eval_loss" in line)
 
 
 def test_samples_that_are_too_long_are_told(run, plain, chats, tmp_path):
@@ -77,4 +78,4 @@ def test_samples_that_are_too_long_are_told(run, plain, chats, tmp_path):
         file.write(json.dumps({"messages": turns}) + "\n")
     flags = ("--steps", 1, *FAST, "--eval-samples", 0)
     outcome = run("adapt", "--model", plain, "--data", chats, "--out", tmp_path / "adapted", *flags)
-    assert "1 cut to --max-length 64; 1 dropped" in outcome.out
+    assert "1 cut to --max-length 64; end-of-turn tokens lost by that: 1; 1 dropped" in outcome.out

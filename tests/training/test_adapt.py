@@ -1,7 +1,6 @@
 """Runs of `adapt` on tiny models: resuming, accumulation, phases, what is saved."""
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,10 @@ from fast_dllm.data.chat import Sample
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.training import adapt as adapt_module
 from fast_dllm.training.adapt import adapt
+from fast_dllm.training.evaluation import ProbeItem
 from fast_dllm.training.options import AdaptOptions
+from fast_dllm.training.trainer import BlockDiffusionTrainer
+from samples import make_samples
 from tiny import tiny_model, tiny_tokenizer
 
 OPTIONS = AdaptOptions(
@@ -34,16 +36,6 @@ def base(tmp_path: Path) -> Path:
     )
     save_checkpoint(checkpoint, tmp_path / "base")
     return tmp_path / "base"
-
-
-def make_samples(count: int = 24) -> list[Sample]:
-    rng = random.Random(0)
-    samples = []
-    for _ in range(count):
-        length = rng.randrange(6, 40)
-        ids = [rng.randrange(4, 54) for _ in range(length)]
-        samples.append(Sample(input_ids=ids, loss_mask=[i >= length // 2 for i in range(length)]))
-    return samples
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -96,24 +88,19 @@ def test_a_half_written_save_is_not_resumed_from(base, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "again")
 
 
-def test_accumulation_does_not_change_the_updates(base, tmp_path):
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(1, 8), (2, 4)])
+def test_accumulation_does_not_change_the_updates(base, tmp_path, batch, accumulation):
+    options = replace(OPTIONS, steps=20, learning_rate=1e-3, lora_rank=0)
+    adapt(base, make_samples(), replace(options, batch_size=8), tmp_path / "wide")
+    in_parts = replace(options, batch_size=batch, accumulation=accumulation)
+    adapt(base, make_samples(), in_parts, tmp_path / "parts")
     # float64 would be exact; in float32 the order of the sums differs.
-    log = {}
-    for name, batch, accumulation in (("wide", 4, 1), ("accumulated", 1, 4)):
-        options = replace(OPTIONS, batch_size=batch, accumulation=accumulation, learning_rate=1e-3)
-        adapt(base, same_length_samples(), options, tmp_path / name)
-        lines = (tmp_path / f"{name}.run" / "log.jsonl").read_text().splitlines()
-        log[name] = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
-    assert log["wide"] == pytest.approx(log["accumulated"], abs=1e-5)
-
-
-def same_length_samples() -> list[Sample]:
-    # Rows of one length keep their order when the batch size changes.
-    rng = random.Random(1)
-    return [
-        Sample(input_ids=[rng.randrange(4, 54) for _ in range(16)], loss_mask=[False] * 4 + [True] * 12)
-        for _ in range(4)
-    ]
+    assert losses(tmp_path / "wide.run") == pytest.approx(losses(tmp_path / "parts.run"), abs=1e-5)
 
 
 def test_one_adapter_goes_through_both_phases(base, tmp_path):
@@ -155,3 +142,58 @@ def test_time_limit_ends_and_saves(base, tmp_path):
 def test_nothing_to_learn_from_is_an_error(base, tmp_path):
     with pytest.raises(FastDLLMError, match="no sample"):
         adapt(base, [Sample(input_ids=[5, 6], loss_mask=[False, False])], OPTIONS, tmp_path / "out")
+
+
+def test_the_log_tells_where_the_loss_is(base, tmp_path):
+    options = replace(OPTIONS, context_attention="causal", ar_weight=0.5, eval_every=2, probe_items=2)
+    result = adapt(base, make_samples(), options, tmp_path / "out", held_out=make_samples(4))
+    lines = [json.loads(line) for line in (tmp_path / "out.run" / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    for line in steps:
+        parts = [value for name, value in line.items() if name.startswith("loss_place_")]
+        assert min(parts) <= line["loss"] - 0.5 * line["loss_ar"] <= max(parts)
+    assert steps[-1]["response_tokens_seen"] == sum(line["response_tokens"] for line in steps)
+    assert steps[0]["time_left_s"] > 0
+    measured = {line["step"]: line for line in lines if "eval_loss" in line}
+    assert list(measured) == [0, 2, 4, 6]
+    assert (measured[0]["eval_loss"], measured[6]["eval_loss"]) == (result.loss_before, result.loss_after)
+    assert all(line["eval_tokens_per_forward"] > 0 for line in measured.values())
+
+
+def test_a_probe_counts_right_answers(base, tmp_path):
+    probe = [ProbeItem([5, 6, 7], lambda answer: True), ProbeItem([8, 9], lambda answer: False)]
+    adapt(base, make_samples(), replace(OPTIONS, steps=1), tmp_path / "out", held_out=make_samples(2), probe=probe)
+    lines = [json.loads(line) for line in (tmp_path / "out.run" / "log.jsonl").read_text().splitlines()]
+    assert [line["eval_right"] for line in lines if "eval_loss" in line] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_bfloat16_run_measures_on_the_way(base, tmp_path, lora_rank):
+    options = replace(OPTIONS, steps=2, dtype="bfloat16", lora_rank=lora_rank)
+    result = adapt(base, make_samples(), options, tmp_path / "out", held_out=make_samples(2))
+    assert result.loss_after > 0
+
+
+def test_a_lost_loss_ends_the_run_and_keeps_the_last_save(base, tmp_path, monkeypatch):
+    real = BlockDiffusionTrainer.compute_loss
+
+    def lost(self, *args, **kwargs):
+        loss = real(self, *args, **kwargs)
+        return loss * torch.nan if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(BlockDiffusionTrainer, "compute_loss", lost)
+    with pytest.raises(FastDLLMError, match=r"step 4: the loss is nan; the last good save is kept in .*out\.run"):
+        adapt(base, make_samples(), OPTIONS, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out.run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_diverging_loss_ends_the_run(base, tmp_path):
+    options = replace(OPTIONS, steps=200, learning_rate=1.0, lora_rank=0, schedule="constant")
+    with pytest.raises(FastDLLMError, match=r"the loss diverges: .* nats on average over 20 steps"):
+        adapt(base, make_samples(), options, tmp_path / "out")
+
+
+def test_the_log_goes_to_tensorboard(base, tmp_path):
+    pytest.importorskip("tensorboard")
+    adapt(base, make_samples(), replace(OPTIONS, steps=2, report_to="tensorboard"), tmp_path / "out")
+    assert list((tmp_path / "out.run").rglob("events.out.tfevents.*"))

@@ -1,21 +1,27 @@
 """`fast-dllm adapt`: an autoregressive model in, a block-diffusion model out."""
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fast_dllm.cli.options import given, takes
+from fast_dllm.cli.dry_run import DeviceMemoryOption, DryRunOption, ProcessesOption, ShardedOption
+from fast_dllm.cli.dry_run import dry_run as estimate_run
+from fast_dllm.cli.options import DataOption, SkipOption, given, takes
 from fast_dllm.cli.output import Interrupted, waiting
 from fast_dllm.cli.recipe import Recipe, read_recipe, split_tasks
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.options import AdaptOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
-    from fast_dllm.data.build import TrainingData
     from fast_dllm.training.adapt import AdaptResult
+    from fast_dllm.training.evaluation import ProbeItem
 
 
 @takes(AdaptOptions)
@@ -27,10 +33,8 @@ def adapt(
     model: Annotated[
         str | None, typer.Option("--model", metavar="MODEL", help="The model to adapt, as for generate.")
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", metavar="FILE", help="Conversations: JSONL, parquet, or a hub name (owner/name)."),
-    ] = None,
+    data: DataOption = None,
+    skip_bad_rows: SkipOption = None,
     task: Annotated[
         str | None, typer.Option("--task", metavar="NAME[,NAME...]", help="Generated reasoning tasks instead of data.")
     ] = None,
@@ -41,6 +45,10 @@ def adapt(
         Path | None,
         typer.Option("--recipe", metavar="FILE", help="JSON or TOML of any of these settings; options given here win."),
     ] = None,
+    dry_run: DryRunOption = False,
+    processes: ProcessesOption = 1,
+    sharded: ShardedOption = False,
+    device_memory: DeviceMemoryOption = None,
     **settings: Any,
 ) -> None:
     """Adapt a pretrained autoregressive model to block diffusion.
@@ -48,14 +56,19 @@ def adapt(
     An interrupted run goes on from its last save when the same command is run again.
     """
     written = {} if recipe is None else read_recipe(recipe)
-    if data is not None or task is not None:
+    if data or task is not None:
         written = {key: value for key, value in written.items() if key not in ("data", "tasks")}
     tasks = None if task is None else split_tasks(task)
-    own = {"model": model, "data": data, "tasks": tasks, "task_items": task_items, **settings}
+    own = {"model": model, "data": data or None, "tasks": tasks, "task_items": task_items, **settings}
+    own["skip_bad_rows"] = skip_bad_rows
     plan = Recipe.from_settings({**written, **given(own)})
+    if dry_run:
+        estimate_run(plan.model, plan.options, processes, sharded, device_memory)
+        return
     from rich.console import Console
 
-    console = Console(stderr=True)
+    # Of the processes of a parallel run the first one speaks.
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     try:
         _run(plan, out, console)
     except KeyboardInterrupt:
@@ -72,18 +85,39 @@ def _run(plan: Recipe, out: Path, console: "Console") -> None:
 
         check_target(out)
         conversations = gather_conversations(
-            plan.data, plan.tasks, task_items=plan.task_items, held_out=options.eval_samples
+            plan.data,
+            plan.tasks,
+            task_items=plan.task_items,
+            held_out=options.eval_samples,
+            skip_bad_rows=plan.skip_bad_rows,
+            seed=options.seed,
         )
         tokenizer = _tokenizer(plan.model, options.mask_token)
         data = render_conversations(tokenizer, conversations, max_length=options.max_length)
-    _tell_data(data, options)
-    if console.is_terminal:
-        # The bar shows the training alone; loading and measuring take their time too.
-        with console.status("adapting; the held-out loss is measured before and after"):
-            result = train(plan.model, data.samples, options, out, held_out=data.held_out, console=console)
-    else:
-        result = train(plan.model, data.samples, options, out, held_out=data.held_out)
-    _tell_result(result, options)
+    probe = _probe(plan, tokenizer) if plan.tasks else None
+    if not console.quiet:
+        typer.echo(f"samples        {data.describe(options.max_length)}")
+    bar = console if console.is_terminal and not console.quiet else None
+    # The bar shows the training alone; loading and measuring take their time too.
+    with nullcontext() if bar is None else bar.status("adapting; the held-out loss is measured before and after"):
+        result = train(plan.model, data.samples, options, out, held_out=data.held_out, probe=probe, console=bar)
+    if not console.quiet:
+        _tell_result(result, options)
+
+
+def _probe(plan: Recipe, tokenizer: Any) -> "list[ProbeItem]":
+    """Held-out questions of the tasks, with their verifiers."""
+    from fast_dllm.data.tasks import Item, held_out_items, is_correct
+    from fast_dllm.text import ChatText
+    from fast_dllm.training.evaluation import ProbeItem
+
+    text = ChatText(tokenizer)
+
+    def verifier(item: Item) -> "Callable[[list[int]], bool]":
+        return lambda answer: is_correct(item, text.decode(answer))
+
+    items = held_out_items(plan.tasks, plan.options.probe_items, seed=0)
+    return [ProbeItem(text.prompt_ids(item.messages()[:-1]), verifier(item)) for item in items]
 
 
 def _tokenizer(model: str, mask_token: str | None) -> Any:
@@ -96,15 +130,6 @@ def _tokenizer(model: str, mask_token: str | None) -> Any:
     if mask_token is not None:
         add_mask_token(checkpoint, token=mask_token)
     return checkpoint.tokenizer
-
-
-def _tell_data(data: "TrainingData", options: AdaptOptions) -> None:
-    line = f"samples        {len(data.samples)}, {len(data.held_out)} held out"
-    if data.truncated:
-        line += f"; {data.truncated} cut to --max-length {options.max_length}"
-    if data.dropped:
-        line += f"; {data.dropped} dropped: nothing of their answers was left"
-    typer.echo(line)
 
 
 def _tell_result(result: "AdaptResult", options: AdaptOptions) -> None:

@@ -1,7 +1,5 @@
 """`adapt`: an autoregressive model and samples in, an adapted checkpoint out."""
 
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +8,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.integrations import is_tensorboard_available, is_wandb_available
+from transformers.trainer_utils import IntervalStrategy
 
 from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, add_mask_token, save_adapter, save_checkpoint
 from fast_dllm.checkpoint.directory import check_target
@@ -17,13 +17,15 @@ from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.data.chat import Sample
 from fast_dllm.data.packing import Packed, pack
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.training.callbacks import ProgressBar, RunClock
+from fast_dllm.training.callbacks import ProgressBar, RunClock, Watchdog
+from fast_dllm.training.evaluation import Evaluation, ProbeItem, probe_from
 from fast_dllm.training.lora import open_adapter, wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
+from fast_dllm.training.recompute import recompute_cheap_operations, recompute_layers
+from fast_dllm.training.run_directory import RunDirectory
 from fast_dllm.training.schedule import RunDataset, StreamCollator, run_order
+from fast_dllm.training.sharding import gather, is_sharded
 from fast_dllm.training.trainer import BlockDiffusionTrainer, with_training_forward, without_training_forward
-
-_SETTINGS = "options.json"
 
 
 @dataclass(frozen=True)
@@ -54,47 +56,54 @@ def adapt(
     out: str | Path,
     *,
     held_out: Sequence[Sample] = (),
+    probe: Sequence[ProbeItem] | None = None,
     console: Console | None = None,
 ) -> AdaptResult:
     """Adapt a model to block diffusion (or fine-tune it autoregressively).
 
     An interrupted run goes on from its last save when called again with the same arguments. A source that is a
-    LoRA adapter trained here is trained on: one adapter then goes through several phases.
+    LoRA adapter trained here is trained on: one adapter then goes through several phases. Under `torchrun` or
+    `accelerate launch` every process calls this with the same arguments; the batch of an update is then
+    `batch_size * accumulation * processes`, and the first process writes.
 
     Args:
         source: what `load_checkpoint` takes.
         samples: token ids and loss masks, cut to `options.max_length`.
         options: the recipe.
         out: directory of the adapted checkpoint; the run's saves and `log.jsonl` are in `out`.run.
-        held_out: samples whose loss is measured before and after.
+        held_out: samples whose loss is measured before, on the way and after.
+        probe: prompts that are decoded then; None takes those of the first held-out samples.
         console: where the progress bar goes; None shows none.
 
     Raises:
-        FastDLLMError: when the source is unusable, there is nothing to train on, or `out` holds another run.
+        FastDLLMError: when the source is unusable, there is nothing to train on, `out` holds another run, or the
+            loss is lost on the way.
     """
     out = Path(out)
-    if options.dtype == "auto":
-        options = replace(options, dtype="bfloat16" if _has_fast_bfloat16() else "float32")
-    run = out.with_name(f"{out.name}.run")
-    settings = {"source": str(source), **options.to_dict()}
-    _check_free(out, run, settings)
+    options = with_dtype(options)
+    run = RunDirectory(out.with_name(f"{out.name}.run"))
+    arguments = _training_arguments(run.path, options)
+    check_target(out)
+    run.claim({"source": str(source), "processes": arguments.world_size, **options.to_dict()})
     model, checkpoint = _prepare(source, options)
     rows = _rows(samples, checkpoint.config, options)
-    held_out_rows = _rows(held_out[: options.eval_samples], checkpoint.config, options) if held_out else []
-    run.mkdir(parents=True, exist_ok=True)
-    (run / _SETTINGS).write_text(json.dumps(settings, indent=2))
-    clock = RunClock(run / "log.jsonl", options.max_minutes)
+    evaluation = _evaluation(held_out[: options.eval_samples], probe, checkpoint, options)
+    resume = run.last_save()
+    arguments.eval_on_start = evaluation is not None and resume is None
+    clock = RunClock(run.log, options.max_minutes)
     bar = None if console is None else ProgressBar(console, "adapt")
-    trainer = _make_trainer(model, checkpoint.config, rows, options, run, clock, [] if bar is None else [bar])
-    before = _measure_before(run, trainer, held_out_rows, options)
-    resume = _last_save(run)
+    trainer = _make_trainer(
+        model, arguments, rows, options, checkpoint.config, clock, evaluation, [] if bar is None else [bar]
+    )
+    if is_sharded(trainer) and options.lora_rank:
+        raise FastDLLMError("a LoRA adapter is not sharded: launch it with recipes/ddp.yaml, or give --lora-rank 0")
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        seconds = round(clock.elapsed(), 1)
+        before, after = _held_out_losses(trainer)
     finally:
         if bar is not None:
             bar.close()
-    seconds = round(clock.elapsed(), 1)
-    after = _held_out_loss(trainer, held_out_rows, options)
     result = AdaptResult(
         directory=out,
         loss_before=before,
@@ -103,52 +112,75 @@ def adapt(
         seconds=seconds,
         truncated=sum(sample.truncated for sample in samples),
     )
-    _save(trainer.model, checkpoint, options, result)
+    _save(trainer, checkpoint, options, result)
     return result
 
 
-def _has_fast_bfloat16() -> bool:
-    """On a CPU without matrix units (AMX) bfloat16 products are slower than float32 ones."""
+def with_dtype(options: AdaptOptions) -> AdaptOptions:
+    """The options with the dtype of this machine in place of "auto".
+
+    On a CPU without matrix units (AMX) bfloat16 products are slower than float32 ones.
+    """
+    if options.dtype != "auto":
+        return options
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch release we admit
-    return torch.accelerator.is_available() or bool(capabilities.get("amx_bf16", False))
+    is_fast = torch.accelerator.is_available() or bool(capabilities.get("amx_bf16", False))
+    return replace(options, dtype="bfloat16" if is_fast else "float32")
 
 
-def _check_free(out: Path, run: Path, settings: dict[str, Any]) -> None:
-    check_target(out)
-    recorded = run / _SETTINGS
-    if recorded.exists() and json.loads(recorded.read_text()) != settings:
-        raise FastDLLMError(f"{run} holds a run with other settings; choose another output directory or remove it")
-
-
-def _make_trainer(
-    model: Any,
-    config: BlockDiffusionConfig,
-    rows: Sequence[Packed],
-    options: AdaptOptions,
-    run: Path,
-    clock: RunClock,
-    callbacks: Sequence[TrainerCallback],
-) -> BlockDiffusionTrainer:
-    collator = StreamCollator(
+def _collator(config: BlockDiffusionConfig, options: AdaptOptions) -> StreamCollator:
+    return StreamCollator(
         config=config,
         complementary=options.complementary,
         with_ar=options.objective == "ar" or options.ar_weight > 0,
         with_diffusion=options.objective == "diffusion",
         seed=options.seed,
     )
-    arguments = _training_arguments(run, options)
+
+
+def _evaluation(
+    held_out: Sequence[Sample], probe: Sequence[ProbeItem] | None, checkpoint: Checkpoint, options: AdaptOptions
+) -> Evaluation | None:
+    if not held_out:
+        return None
+    chosen = probe_from(held_out, options.probe_items) if probe is None else probe
+    return Evaluation(
+        rows=_rows(held_out, checkpoint.config, options),
+        collator=_collator(checkpoint.config, options),
+        batch_size=options.batch_size,
+        bfloat16=options.dtype == "bfloat16",
+        probe=chosen[: options.probe_items],
+        stop_token_ids=checkpoint.stop_token_ids,
+    )
+
+
+def _make_trainer(
+    model: Any,
+    arguments: TrainingArguments,
+    rows: Sequence[Packed],
+    options: AdaptOptions,
+    config: BlockDiffusionConfig,
+    clock: RunClock,
+    evaluation: Evaluation | None,
+    callbacks: Sequence[TrainerCallback],
+) -> BlockDiffusionTrainer:
     per_update = options.batch_size * options.accumulation * arguments.world_size
     order = run_order([len(row.input_ids) for row in rows], options.steps * per_update, per_update, options.seed)
     views = 2 if options.complementary else 1
+    if evaluation is not None and options.eval_every:
+        arguments.eval_strategy, arguments.eval_steps = IntervalStrategy.STEPS, options.eval_every
     trainer = BlockDiffusionTrainer(
         model=model,
         args=arguments,
         train_dataset=RunDataset(rows, order),
-        data_collator=collator,
-        callbacks=[clock, *callbacks],
+        eval_dataset=None if evaluation is None else evaluation.rows,
+        data_collator=_collator(config, options),
+        callbacks=[clock, *callbacks, Watchdog()],
+        block_size=config.block_size,
         ar_weight=options.ar_weight,
         views=views if options.objective == "diffusion" else 0,
         clock=clock,
+        evaluation=evaluation,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -171,7 +203,9 @@ def _prepare(source: str | Path, options: AdaptOptions) -> tuple[Any, Checkpoint
     )
     model: Any = with_training_forward(checkpoint.model, attention)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model)
+    elif not options.lora_rank:
+        recompute_cheap_operations(model)
     if options.lora_rank:
         model = wrap_with_lora(model, checkpoint.config.mask_token_id, options, adapter)
     return model, checkpoint
@@ -217,63 +251,50 @@ def _training_arguments(run: Path, options: AdaptOptions) -> TrainingArguments:
         # Two, so that a save which is being written when the process dies leaves the one before it.
         save_total_limit=2,
         seed=options.seed,
-        report_to=[],
+        report_to=_reporters(options),
         disable_tqdm=True,
         log_level="error",
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
+        # A loss that is no number is to end the run, not to be left out of the log.
+        logging_nan_inf_filter=False,
     )
 
 
-def _last_save(run: Path) -> Path | None:
-    """The newest complete save. Trainer writes trainer_state.json last."""
-    saves = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    for save in saves:
-        try:
-            json.loads((save / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            shutil.rmtree(save, ignore_errors=True)
-            continue
-        return save
-    return None
+def _reporters(options: AdaptOptions) -> list[str]:
+    installed = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    name = options.report_to
+    if name == "none":
+        return []
+    if not installed[name]():
+        raise FastDLLMError(f"report_to={name!r}: {name} is not installed; run pip install {name}")
+    return [name]
 
 
-def _measure_before(run: Path, trainer: Any, rows: Sequence[Packed], options: AdaptOptions) -> float | None:
-    """Held-out loss of the untrained model, kept on disk for the runs that resume this one."""
-    path = run / "loss_before.json"
-    if not path.exists():
-        path.write_text(json.dumps(_held_out_loss(trainer, rows, options)))
-    loss: float | None = json.loads(path.read_text())
-    return loss
+def _held_out_losses(trainer: BlockDiffusionTrainer) -> tuple[float | None, float | None]:
+    """Before training, from the run's log, and now."""
+    step = trainer.state.global_step
+    losses: dict[int, float | None] = {}
+    for log in trainer.state.log_history:
+        if "eval_loss" in log:
+            losses.setdefault(log["step"], log["eval_loss"])
+    if step not in losses:
+        losses[step] = trainer.evaluate().get("eval_loss")
+    return losses.get(0), losses[step]
 
 
-@torch.no_grad()
-def _held_out_loss(trainer: Any, rows: Sequence[Packed], options: AdaptOptions) -> float | None:
-    """Mean loss of the objective in nats per response token, with the same noise every time."""
-    if not rows:
-        return None
-    trainer.model.eval()
-    # Of the diffusion objective alone, so that runs with and without an AR loss compare.
-    own: StreamCollator = trainer.data_collator
-    collator = replace(own, seed=options.seed + 1, with_ar=not own.with_diffusion)
-    losses = []
-    for start in range(0, len(rows), options.batch_size):
-        batch = collator(list(enumerate(rows))[start : start + options.batch_size])
-        batch = {key: value.to(trainer.model.device) for key, value in batch.items() if key != "labels"}
-        with torch.autocast(trainer.model.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            losses.append(trainer.model(**batch))
-    return round(float(torch.cat(losses).mean()), 4)
-
-
-def _save(model: Any, checkpoint: Checkpoint, options: AdaptOptions, result: AdaptResult) -> None:
+def _save(trainer: BlockDiffusionTrainer, checkpoint: Checkpoint, options: AdaptOptions, result: AdaptResult) -> None:
     if options.objective == "ar":
         checkpoint.config = replace(AUTOREGRESSIVE, mask_token_id=checkpoint.config.mask_token_id)
     recipe = {**options.to_dict(), "steps_done": result.steps, "seconds": result.seconds}
     recipe |= {"held_out_loss_before": result.loss_before, "held_out_loss_after": result.loss_after}
+    model = gather(trainer) if is_sharded(trainer) else trainer.model
     base: PreTrainedModel = model.get_base_model() if options.lora_rank else model
     without_training_forward(base)
-    if options.lora_rank:
-        save_adapter(model, result.directory, checkpoint=checkpoint, recipe=recipe)
-    else:
-        checkpoint.model = base
-        save_checkpoint(checkpoint, result.directory, recipe=recipe)
+    if trainer.accelerator.is_main_process:
+        if options.lora_rank:
+            save_adapter(model, result.directory, checkpoint=checkpoint, recipe=recipe)
+        else:
+            checkpoint.model = base
+            save_checkpoint(checkpoint, result.directory, recipe=recipe)
+    trainer.accelerator.wait_for_everyone()

@@ -1,7 +1,11 @@
-"""What a run shows and writes while it goes on."""
+"""What a run shows and writes while it goes on, and what ends it early."""
 
 import json
+import math
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +13,34 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fast_dllm.errors import FastDLLMError
+
 
 class RunClock(TrainerCallback):  # type: ignore[misc]
-    """Adds elapsed seconds and tokens/s to the logs, writes them as JSON lines, and ends a run that is out of time.
+    """Adds time, tokens and rates to the logs, writes them as JSON lines, and ends a run that is out of time.
 
-    Elapsed time goes on where the resumed save left off: it is read from the logs that the save holds.
+    Time and tokens go on where the resumed save left off: they are read from the logs that the save holds.
     """
 
     def __init__(self, path: Path, max_minutes: float | None) -> None:
         self._path = path
         self._limit = None if max_minutes is None else max_minutes * 60
         self._before = 0.0
+        self._tokens_seen = 0
         self._start = self._since = time.monotonic()
-        self.response_tokens = 0
-        """Response tokens trained since the last log line; the trainer counts them up."""
 
     def elapsed(self) -> float:
         """Seconds of training, over all resumptions."""
         return self._before + time.monotonic() - self._start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training."""
+        start = time.monotonic()
+        yield
+        pause = time.monotonic() - start
+        self._start += pause
+        self._since += pause
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -35,19 +49,31 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             self._path.write_text("".join(json.dumps(log) + "\n" for log in state.log_history))
         self._before = max((log.get("elapsed_s", 0.0) for log in state.log_history), default=0.0)
+        self._tokens_seen = sum(log.get("response_tokens", 0) for log in state.log_history)
         self._start = self._since = time.monotonic()
 
-    def stamp(self, logs: dict[str, Any]) -> None:
-        """Add the time and the rate since the last log line."""
+    def stamp(self, logs: dict[str, Any], tokens: int, state: TrainerState) -> None:
+        """Add the time, and the rate since the last log line.
+
+        Args:
+            logs: the line.
+            tokens: response tokens since the last one, over all processes.
+            state: of the run.
+        """
         now = time.monotonic()
-        if self.response_tokens:
-            logs["tokens_per_s"] = round(self.response_tokens / (now - self._since), 1)
-            logs["response_tokens"] = self.response_tokens
         elapsed = self.elapsed()
+        if tokens:
+            self._tokens_seen += tokens
+            logs["tokens_per_s"] = round(tokens / (now - self._since), 1)
+            logs["response_tokens"] = tokens
+            logs["response_tokens_seen"] = self._tokens_seen
+            self._since = now
         logs["elapsed_s"] = round(elapsed, 1)
-        if self._limit is not None:
-            logs["time_left_s"] = round(max(self._limit - elapsed, 0.0), 1)
-        self._since, self.response_tokens = now, 0
+        left = [] if self._limit is None else [self._limit - elapsed]
+        if state.global_step:
+            left.append(elapsed / state.global_step * (state.max_steps - state.global_step))
+        if left:
+            logs["time_left_s"] = round(max(min(left), 0.0), 1)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
@@ -63,10 +89,67 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = control.should_save = True
 
 
+class Watchdog(TrainerCallback):  # type: ignore[misc]
+    """Ends a run whose loss is lost. A step is logged before it is saved, so the last save is from before.
+
+    Lost is: not finite, or the mean of the last 20 steps is more than 1.5 nats above the lowest one so far. A learning
+    rate that is too high shows in this; a hard batch does not.
+    """
+
+    _WINDOW = 20
+    _MOST_RISE = 1.5
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=self._WINDOW)
+        self._lowest = math.inf
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up what the resumed save has seen."""
+        self._recent.clear()
+        self._lowest = math.inf
+        for log in state.log_history:
+            if "loss" in log:
+                self._add(float(log["loss"]))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Look at the loss and the gradient.
+
+        Raises:
+            FastDLLMError: when the loss is lost.
+        """
+        if "loss" not in logs:
+            return
+        loss, gradient = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
+        remedy = f"the last good save is kept in {args.output_dir}; lower --learning-rate, or look at the data"
+        for name, value in (("loss", loss), ("gradient", gradient)):
+            if not math.isfinite(value):
+                raise FastDLLMError(f"step {state.global_step}: the {name} is {value}; {remedy}")
+        mean = self._add(loss)
+        if mean > self._lowest + self._MOST_RISE:
+            raise FastDLLMError(
+                f"step {state.global_step}: the loss diverges: {mean:.2f} nats on average over {self._WINDOW} steps, "
+                f"after {self._lowest:.2f}; {remedy}"
+            )
+
+    def _add(self, loss: float) -> float:
+        """The mean of the last steps; minus infinity before there are enough."""
+        self._recent.append(loss)
+        if len(self._recent) < self._WINDOW:
+            return -math.inf
+        mean = sum(self._recent) / self._WINDOW
+        self._lowest = min(self._lowest, mean)
+        return mean
+
+
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """A bar with loss, tokens/s and time left. It follows the steps, or the time where that is what will run out."""
+    """A bar with the losses, tokens/s and time left; each measurement on the way leaves a line above it."""
 
     def __init__(self, console: Console, title: str) -> None:
+        self._console = console
         self._progress = Progress(
             TextColumn(title),
             BarColumn(),
@@ -88,17 +171,28 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Advance, and show the loss and the rate."""
+        """Advance, and show the losses and the rate."""
+        if "eval_loss" in logs:
+            self._console.print(measurement(state.global_step, logs), markup=False)
         if "loss" not in logs:
             return
-        done, total, steps = float(state.global_step), float(state.max_steps), f"{state.global_step}/{state.max_steps}"
-        if "time_left_s" in logs:
-            elapsed, limit = logs["elapsed_s"], logs["elapsed_s"] + logs["time_left_s"]
-            if elapsed * total > limit * done:
-                done, total, steps = elapsed, limit, f"step {state.global_step}"
+        elapsed, left = float(logs["elapsed_s"]), float(logs.get("time_left_s", 0.0))
         loss, rate = f"{float(logs['loss']):.3f}", f"{logs.get('tokens_per_s', 0):.0f}"
-        self._progress.update(self._task, completed=done, total=total, steps=steps, loss=loss, rate=rate)
+        if "loss_ar" in logs and len([name for name in logs if name.startswith("loss_")]) > 1:
+            loss += f" (AR {logs['loss_ar']:.3f})"
+        steps = f"step {state.global_step} of {state.max_steps}"
+        self._progress.update(self._task, completed=elapsed, total=elapsed + left, steps=steps, loss=loss, rate=rate)
 
     def close(self) -> None:
         """Take the bar away; a bar left standing hides the cursor."""
         self._progress.stop()
+
+
+def measurement(step: int, logs: dict[str, Any]) -> str:
+    """One line on what `Evaluation` found."""
+    line = f"step {step}: held-out loss {logs['eval_loss']:.3f}"
+    if "eval_tokens_per_forward" in logs:
+        line += f", {logs['eval_tokens_per_forward']:.2f} tokens per forward"
+    if "eval_right" in logs:
+        line += f", {logs['eval_right']:.0%} right"
+    return line

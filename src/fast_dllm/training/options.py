@@ -33,11 +33,15 @@ class AdaptOptions(_FromMapping):
         lora_alpha: scale of the adapter; None is twice the rank.
         mask_token: a vocabulary entry to use as mask token; None finds or adds one.
         dtype: of the arithmetic: "bfloat16" (autocast), "float32", or "auto", the faster one of this machine.
-        gradient_checkpointing: recompute activations in the backward.
+        gradient_checkpointing: recompute whole layers in the backward; off, a full fine-tune recomputes what is cheap.
         seed: of weights' initialisation, data order and noise.
         save_every: steps between resumable saves.
         max_minutes: stop after so much training (over all resumptions) even if steps are left; None does not.
         eval_samples: held-out samples whose loss is measured before and after.
+        eval_every: steps between measurements on the way; 0 measures before and after only.
+        probe_items: held-out prompts that are decoded at each measurement, at threshold 0.9: tokens per forward show
+            how parallel the model has become; 0 decodes none.
+        report_to: where the log goes besides log.jsonl, by transformers' own callbacks.
     """
 
     objective: Objective = "diffusion"
@@ -65,12 +69,15 @@ class AdaptOptions(_FromMapping):
     save_every: int = 50
     max_minutes: float | None = None
     eval_samples: int = 32
+    eval_every: int = 100
+    probe_items: int = 4
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
 
     def __post_init__(self) -> None:
         _require_choice("objective", self.objective, Objective)
         for name in ("steps", "batch_size", "accumulation", "max_length", "block_size", "save_every"):
             _require_int(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "lora_rank", "seed", "eval_samples"):
+        for name in ("warmup_steps", "lora_rank", "seed", "eval_samples", "eval_every", "probe_items"):
             _require_int(name, getattr(self, name), 0)
         _require_number("learning_rate", self.learning_rate, 0.0, 1.0)
         _require_number("weight_decay", self.weight_decay, 0.0, 1.0)
@@ -78,6 +85,7 @@ class AdaptOptions(_FromMapping):
         _require_choice("context_attention", self.context_attention, ContextAttention)
         _require_choice("dtype", self.dtype, Literal["auto", "bfloat16", "float32"])
         _require_choice("schedule", self.schedule, Literal["linear", "constant"])
+        _require_choice("report_to", self.report_to, Literal["none", "tensorboard", "wandb"])
         if self.max_minutes is not None:
             _require_number("max_minutes", self.max_minutes, 0.0, 1e6)
         if self.lora_alpha is not None:

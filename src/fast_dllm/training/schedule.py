@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -92,8 +93,9 @@ class StreamCollator:
         """Lay a batch out.
 
         Returns:
-            Arguments of the training forward, and `labels` [1, N + 1] from which Trainer counts the tokens that
-            the mean loss is taken over.
+            Arguments of the training forward; `labels` [1, N + 1] from which Trainer counts the tokens that the mean
+            loss is taken over; and of each target `hidden_share` [N], how much of the answer in its block is hidden,
+            and `place` [N] in its block.
         """
         block = self.config.block_size
         batch = collate([row for _, row in items], pad_id=self.config.mask_token_id or 0)
@@ -101,7 +103,9 @@ class StreamCollator:
         loss_mask = batch["loss_mask"]
         views = loss_mask.new_zeros(0, *loss_mask.shape)
         if self.with_diffusion:
-            views = torch.stack([self._views(place, mask) for (place, _), mask in zip(items, loss_mask)], dim=1)
+            # Drawn for the row alone: in a longer batch the same generator would give other noise.
+            drawn = [self.draw(place, row.loss_mask) for place, row in items]
+            views = torch.stack([F.pad(view, (0, loss_mask.shape[1] - view.shape[1])) for view in drawn], dim=1)
         streams = lay_out(
             batch["input_ids"],
             loss_mask,
@@ -114,14 +118,43 @@ class StreamCollator:
         counted = ~streams.is_ar if self.with_diffusion else streams.is_ar
         labels = torch.full((1, int(counted.sum()) + 1), 0)
         labels[0, 0] = IGNORED  # Trainer leaves the first label of a row out of its count
-        return {**streams._asdict(), "tokens": torch.stack(streams.tokens), "labels": labels}
+        laid_out = streams._asdict()
+        view, row, place = laid_out.pop("origin").unbind(1)
+        return {
+            **laid_out,
+            "tokens": torch.stack(streams.tokens),
+            "labels": labels,
+            "hidden_share": _hidden_shares(views, loss_mask, block)[view, row, place // block],
+            "place": place % block,
+        }
 
-    def _views(self, place: int, loss_mask: Tensor) -> Tensor:
+    def draw(self, place: int, loss_mask: Tensor) -> Tensor:
+        """The noisy views of one row.
+
+        Args:
+            place: of the row in the run.
+            loss_mask: bool [L].
+
+        Returns:
+            bool [V, L], L rounded up to whole blocks.
+        """
+        loss_mask = F.pad(loss_mask, (0, -len(loss_mask) % self.config.block_size))
         generator = torch.Generator().manual_seed(noise_seed(self.seed, place))
         return draw_views(loss_mask, self.config.block_size, generator, complementary=self.complementary)
+
+
+def _hidden_shares(views: Tensor, loss_mask: Tensor, block: int) -> Tensor:
+    """Share of each block's response tokens that each view hides, and the clean stream, which hides none.
+
+    Returns:
+        float32 [V + 1, B, L / D].
+    """
+    streams = torch.cat([views, torch.zeros_like(loss_mask)[None]])
+    hidden, all_of_it = (mask.unflatten(-1, (-1, block)).sum(-1) for mask in (streams, loss_mask))
+    return torch.div(hidden, all_of_it.clamp(min=1))
 
 
 def _pad_to_multiple(batch: dict[str, Tensor], multiple: int, pad_id: int) -> dict[str, Tensor]:
     missing = -batch["input_ids"].shape[1] % multiple
     fill = {"input_ids": pad_id, "loss_mask": False, "position_ids": 0, "document_ids": -1}
-    return {key: torch.nn.functional.pad(x, (0, missing), value=fill[key]) for key, x in batch.items()}
+    return {key: F.pad(x, (0, missing), value=fill[key]) for key, x in batch.items()}

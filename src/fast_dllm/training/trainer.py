@@ -10,7 +10,13 @@ from fast_dllm.config import ContextAttention
 from fast_dllm.masks import Tokens, dense_mask
 from fast_dllm.model.forward import head_logits, hidden_states
 from fast_dllm.objective import token_losses
+from fast_dllm.training.attention import NAME as IN_PIECES
+from fast_dllm.training.attention import cut, supports_pieces
 from fast_dllm.training.callbacks import RunClock
+from fast_dllm.training.evaluation import NOT_FOR_THE_MODEL, Evaluation
+from fast_dllm.training.schedule import IGNORED
+from fast_dllm.training.sharding import is_sharded
+from fast_dllm.training.tally import Tally, read
 
 
 class _TrainingForward:
@@ -47,8 +53,12 @@ class _TrainingForward:
             float32 [N].
         """
         model = cast(PreTrainedModel, self)
-        mask = dense_mask(Tokens(*tokens), self.context_attention)
-        hidden = hidden_states(model, input_ids, position_ids, mask)
+        fields = Tokens(*tokens)
+        if model.config._attn_implementation == IN_PIECES:
+            pieces = cut(fields, self.context_attention)
+            hidden = hidden_states(model, input_ids, position_ids, None, pieces=pieces)
+        else:
+            hidden = hidden_states(model, input_ids, position_ids, dense_mask(fields, self.context_attention))
         return token_losses(hidden[read[:, 0], read[:, 1]], targets, lambda h: head_logits(model, h))
 
 
@@ -58,12 +68,17 @@ def with_training_forward(model: PreTrainedModel, context_attention: ContextAtte
     # The name stays the architecture's: save_pretrained writes it into config.json.
     model.__class__ = type(base.__name__, (_TrainingForward, base), {"__module__": base.__module__})
     cast(Any, model).context_attention = context_attention
+    if supports_pieces(model):
+        model.set_attn_implementation(IN_PIECES)
     return model
 
 
 def without_training_forward(model: PreTrainedModel) -> PreTrainedModel:
-    """Restore the architecture's own forward."""
-    model.__class__ = type(model).__mro__[2]
+    """Restore the architecture's own forward, and its attention; a model without the training forward stays."""
+    if isinstance(model, _TrainingForward):
+        model.__class__ = type(model).__mro__[2]
+    if model.config._attn_implementation == IN_PIECES:
+        model.set_attn_implementation("sdpa")
     return model
 
 
@@ -74,19 +89,32 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
     change it (arXiv 2509.26328, section 3).
     """
 
-    def __init__(self, *args: Any, ar_weight: float = 0.0, views: int = 2, clock: RunClock, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        block_size: int,
+        ar_weight: float = 0.0,
+        views: int = 2,
+        clock: RunClock,
+        evaluation: Evaluation | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Make the trainer.
 
         Args:
             *args: of transformers.Trainer.
+            block_size: D, for the logs.
             ar_weight: weight of the AR loss beside the diffusion loss.
             views: noisy views; 0 trains the AR loss alone.
             clock: counts tokens and time for the logs.
+            evaluation: what `evaluate` measures.
             **kwargs: of transformers.Trainer.
         """
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss is already a mean over the accumulated batch
         self._clock = clock
+        self._tally = Tally(block_size)
+        self._evaluation = evaluation
         # One view predicts half of the response tokens, on average; the AR loss then counts half as well, so that
         # its weight means the same.
         self._ar_weight = ar_weight * views / 2 if views else 1.0
@@ -100,17 +128,34 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """Weighted sum of the token losses over the number of tokens in the global batch."""
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        labels, hidden_share, place = (inputs.pop(name) for name in NOT_FOR_THE_MODEL)
         losses = model(**inputs)
-        self._clock.response_tokens += labels.shape[1] - 1
-        weights = torch.where(inputs["is_ar"], self._ar_weight, 1.0)
-        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        is_ar = inputs["is_ar"]
+        self._tally.add(losses, is_ar, hidden_share, place, tokens=labels.shape[1] - 1)
+        weights = torch.where(is_ar, self._ar_weight, 1.0)
+        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = (losses * weights).sum() / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
         return (loss, {"losses": losses}) if return_outputs else loss
 
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure what the trainer was given to measure, and log it; the training's clock stands still meanwhile."""
+        if self._evaluation is None:
+            return {}
+        with self._clock.paused():
+            metrics = {"eval_loss": self._evaluation.loss(self.model, self.args.device)}
+            if not is_sharded(self):  # decoding calls the layers one by one, not the module that gathers weights
+                metrics |= {f"eval_{name}": value for name, value in self._evaluation.answers(self.model).items()}
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Stamp the log line with time and tokens before it is kept: a resumed run reads its clock from there."""
-        self._clock.stamp(logs)
+        """Complete the log line before it is kept: a resumed run reads its clock from there."""
+        tokens = 0
+        if "loss" in logs:
+            means, tokens = read(self.accelerator.reduce(self._tally.take(), reduction="sum"))
+            logs |= means
+        self._clock.stamp(logs, tokens, self.state)
         super().log(logs, start_time)

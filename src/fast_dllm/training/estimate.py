@@ -1,0 +1,260 @@
+"""What a run will need: memory of a device and arithmetic, from formulas alone.
+
+- Weights, gradients and AdamW's two moments: Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054), section 3.1; sharded
+  over N processes each is divided by N (stage 3, which is what FSDP does).
+- Activations: the tensors that autograd keeps of a decoder layer with RMSNorm, grouped-query attention and a gated MLP,
+  counted as Korthikanti et al. 2022 (arXiv 2205.05198), section 4, do for GPT; recomputing leaves a layer's input.
+- Arithmetic: 2 operations a weight and position forward, twice that backward (Kaplan et al. 2020, arXiv 2001.08361,
+  section 2.1); attention's backward is 2.5 of its forward (Dao 2023, arXiv 2307.08691), which is done again before it.
+
+Every token is taken for an answer and every row for full: the most that a run can need. Temporaries, fragmentation and
+the runtime's own memory are not in it, so `fits` leaves a tenth of the device to them.
+
+Names: L tokens of a row, T positions of the laid-out row, N scored tokens, D tokens of a block, V noisy views.
+"""
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from fast_dllm.errors import FastDLLMError
+from fast_dllm.objective import CHUNK
+from fast_dllm.training.attention import PIECE
+from fast_dllm.training.options import AdaptOptions
+
+_FLOAT32, _BFLOAT16 = 4, 2
+_USABLE = 0.9
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where a run goes.
+
+    Attributes:
+        memory: bytes of one device.
+        processes: devices of the run.
+        sharded: spread weights, gradients and optimizer states over them (FSDP) instead of copying them (DDP).
+    """
+
+    memory: int
+    processes: int = 1
+    sharded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise FastDLLMError(f"processes={self.processes}: must be 1 or more")
+        if self.memory < 1:
+            raise FastDLLMError(f"device memory of {self.memory} bytes: must be more")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one device where nothing else is said; sizes in bytes.
+
+    Attributes:
+        parameters: of the base model.
+        trainable: parameters with a gradient, over all devices.
+        tokens: data tokens of the run, at most.
+        weights: base and adapter, and bfloat16 copies where autocast makes them.
+        gradients: and DDP's buckets.
+        optimizer: AdamW's moments.
+        activations: kept for the backward, with the logits of a chunk.
+        flops_per_step: floating-point operations of an update.
+        flops: of the run, over all devices.
+    """
+
+    parameters: int
+    trainable: int
+    tokens: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    flops_per_step: float
+    flops: float
+
+    @property
+    def memory(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def fits(self, devices: Devices) -> bool:
+        """Whether a device has room for it."""
+        return self.memory <= _USABLE * devices.memory
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Widths of a decoder; `linear` counts the weights of one layer's matrices, `all` every parameter once."""
+
+    layers: int
+    hidden: int
+    query: int
+    key_value: int
+    mlp: int
+    vocabulary: int
+    linear: int
+    all: int
+    lora_inputs: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "_Shape":
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layer = [module for module in model.get_decoder().layers[0].modules() if isinstance(module, torch.nn.Linear)]
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            query=config.num_attention_heads * head,
+            key_value=config.num_key_value_heads * head,
+            mlp=config.intermediate_size,
+            vocabulary=model.get_input_embeddings().num_embeddings,
+            linear=sum(module.weight.numel() for module in layer),
+            all=sum(parameter.numel() for parameter in model.parameters()),
+            lora_inputs=sum(module.in_features + module.out_features for module in layer),
+        )
+
+
+def estimate(config: PretrainedConfig, options: AdaptOptions, devices: Devices) -> Estimate:
+    """Estimate a run.
+
+    Args:
+        config: of the model.
+        options: of the run; dtype "auto" counts as float32.
+        devices: where it goes.
+    """
+    shape = _Shape.of(config)
+    # The mask token's row is trained too; with tied embeddings peft keeps it once.
+    adapter = options.lora_rank * shape.lora_inputs * shape.layers + shape.hidden
+    trainable = adapter if options.lora_rank else shape.all
+    share = devices.processes if devices.sharded else 1
+    buckets = 1 if devices.processes > 1 and not devices.sharded else 0
+    rows = options.batch_size * options.accumulation
+    per_step = rows * _flops(shape, options)
+    return Estimate(
+        parameters=shape.all,
+        trainable=trainable,
+        tokens=options.steps * rows * devices.processes * options.max_length,
+        weights=_weights(shape, options, devices),
+        gradients=_FLOAT32 * trainable * (1 + buckets) // share,
+        optimizer=2 * _FLOAT32 * trainable // share,
+        activations=_activations(shape, options),
+        flops_per_step=per_step,
+        flops=per_step * options.steps * devices.processes,
+    )
+
+
+def check(config: PretrainedConfig, options: AdaptOptions, devices: Devices) -> Estimate:
+    """The estimate of a run that fits.
+
+    Raises:
+        FastDLLMError: when it does not, naming the smallest change after which it does.
+    """
+    found = estimate(config, options, devices)
+    if found.fits(devices):
+        return found
+    remedies = (text for text, run, place in _changes(options, devices) if estimate(config, run, place).fits(place))
+    remedy = next((f"{text} would do" for text in remedies), "a smaller model or larger devices are needed")
+    raise FastDLLMError(
+        f"does not fit: {found.memory / GIB:.1f} GiB for a device of {devices.memory / GIB:.1f} GiB, a tenth of it "
+        f"kept free (weights {found.weights / GIB:.1f}, gradients {found.gradients / GIB:.1f}, optimizer "
+        f"{found.optimizer / GIB:.1f}, activations {found.activations / GIB:.1f}); {remedy}"
+    )
+
+
+def device_memory() -> int:
+    """Bytes of this process's accelerator, or of this machine where there is none."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def positions(options: AdaptOptions) -> tuple[int, int]:
+    """(T, N) of a full row whose every token is an answer."""
+    length = options.max_length
+    if options.objective == "ar":
+        return length, length
+    views = 2 if options.complementary else 1
+    scored = length if options.complementary else length // 2
+    if options.ar_weight:
+        return (views + 1) * length, scored + length
+    return (views + 1) * length - options.block_size, scored  # nobody sees the last clean block
+
+
+def _width(options: AdaptOptions) -> int:
+    return _BFLOAT16 if options.dtype == "bfloat16" else _FLOAT32
+
+
+def _weights(shape: _Shape, options: AdaptOptions, devices: Devices) -> int:
+    width = _width(options)
+    if options.lora_rank:
+        adapter = options.lora_rank * shape.lora_inputs * shape.layers + shape.hidden
+        return width * shape.all + _FLOAT32 * adapter
+    if devices.sharded:
+        # Two layers are gathered at a time (the next one comes while one is computed), embedding and head stay.
+        gathered = 2 * shape.linear + 2 * shape.vocabulary * shape.hidden
+        return _FLOAT32 * shape.all // devices.processes + width * gathered
+    copies = _BFLOAT16 * shape.linear * shape.layers if width == _BFLOAT16 else 0
+    return _FLOAT32 * shape.all + copies
+
+
+def _activations(shape: _Shape, options: AdaptOptions) -> int:
+    per_row, _ = positions(options)
+    width, rows = _width(options), options.batch_size
+    wide, lora = _FLOAT32, bool(options.lora_rank)
+    # A norm keeps its input (in float32), what it multiplies by a weight that is trained, and its product.
+    last = shape.hidden * (wide + (0 if lora else wide))  # what follows the last norm keeps its own rows only
+    norm = last + shape.hidden * width
+    attention = 2 * (shape.query + shape.key_value) * width  # q, k, v and what they come to
+    mlp = 4 * shape.mlp * width  # gate, its activation, up, and the product
+    layer = 2 * norm + attention + mlp + 7 * options.lora_rank * wide
+    stream = shape.hidden * (width if lora else wide)
+    # Without an adapter only results of products and attention are kept (training/recompute.py).
+    products = (2 * shape.query + 2 * shape.key_value + 2 * shape.hidden + 2 * shape.mlp) * width
+    if options.gradient_checkpointing:
+        kept = shape.layers * stream + layer
+    else:
+        kept = shape.layers * layer if lora else shape.layers * (stream + products) + layer
+    seen = per_row * (per_row // 4)  # booleans of the pieces of a mask
+    logits = 3 * wide * min(CHUNK, rows * options.max_length) * shape.vocabulary
+    return rows * (per_row * (kept + last) + seen) + logits
+
+
+def _flops(shape: _Shape, options: AdaptOptions) -> float:
+    """Of one row, forward and backward."""
+    per_row, scored = positions(options)
+    # Frozen weights need no gradient; recomputing is a second forward.
+    backward = 1 if options.lora_rank else 2
+    again = 1 if options.gradient_checkpointing else 0
+    linear = 2.0 * shape.linear * shape.layers * per_row * (1 + backward + again)
+    scores = per_row * (options.max_length / 2 + PIECE)
+    attention = 4.0 * shape.query * scores * shape.layers * (1 + 1 + 2.5 + again)
+    head = 2.0 * shape.hidden * shape.vocabulary * scored * (1 + 1 + backward)
+    return linear + attention + head
+
+
+def _changes(options: AdaptOptions, devices: Devices) -> list[tuple[str, AdaptOptions, Devices]]:
+    """What would need less, the least change first."""
+    changes: list[tuple[str, AdaptOptions, Devices]] = []
+    batch = options.batch_size
+    while batch > 1:
+        batch = batch // 2
+        accumulation = options.accumulation * -(-options.batch_size // batch)
+        smaller = replace(options, batch_size=batch, accumulation=accumulation)
+        changes.append((f"--batch-size {batch} --accumulation {accumulation}", smaller, devices))
+    changes.append(("--gradient-checkpointing", replace(options, gradient_checkpointing=True), devices))
+    accumulation = options.accumulation * options.batch_size
+    least = replace(options, gradient_checkpointing=True, batch_size=1, accumulation=accumulation)
+    both = f"--gradient-checkpointing --batch-size 1 --accumulation {accumulation}"
+    changes.append((both, least, devices))
+    if options.lora_rank:
+        return changes
+    first = 2 * devices.processes if devices.sharded else max(devices.processes, 2)
+    for processes in (first * 2**power for power in range(8)):
+        spread = replace(devices, processes=processes, sharded=True)
+        changes.append((f"{both} on {processes} devices with recipes/fsdp2.yaml", least, spread))
+    return [*changes, (f"{both} --lora-rank 32", replace(least, lora_rank=32), devices)]

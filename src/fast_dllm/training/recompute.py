@@ -1,0 +1,46 @@
+"""Memory for arithmetic: which activations are kept, and which are computed again in the backward."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+_ATEN = torch.ops.aten
+KEPT = {
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+}
+"""Operations whose results `recompute_cheap_operations` keeps."""
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Keep each layer's input alone: least memory, a second forward."""
+    _enable(model, {"use_reentrant": False})
+
+
+def recompute_cheap_operations(model: PreTrainedModel) -> None:
+    """Keep what matrix products and attention come to; norms, activations, rotations and sums are done again.
+
+    That is about half of what autograd would keep, for a few percent of the time. Not for adapters: each of their
+    layers has two products more, whose results autograd itself does not need.
+    """
+    if model.supports_gradient_checkpointing:
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
+        _enable(model, {"use_reentrant": False, "context_fn": contexts})
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _enable(model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    # Its name in transformers before 5.23 is deprecated there.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings)

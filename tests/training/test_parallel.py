@@ -1,0 +1,62 @@
+"""Two processes (gloo, on the CPU) give the losses of one with the same global batch."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tiny import save_tiny
+
+HERE = Path(__file__).parent
+SCRIPT = str(HERE / "parallel_run.py")
+RECIPES = HERE.parent.parent / "recipes"
+OPTIONS = {"steps": 20, "learning_rate": 3e-3, "warmup_steps": 0, "max_length": 64, "block_size": 8}
+OPTIONS |= {"save_every": 10, "eval_every": 10, "dtype": "float32"}
+
+
+def run(base: str, out: Path, launcher: list[str], *flags: str, **options: object) -> list[dict[str, float]]:
+    command = [*launcher, SCRIPT, base, str(out), json.dumps(OPTIONS | options), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [
+        json.loads(line) for line in out.with_name(f"{out.name}.run").joinpath("log.jsonl").read_text().splitlines()
+    ]
+
+
+def launch(config: str) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ["--config_file", str(RECIPES / config), "--num_processes", "2", "--main_process_port", str(port)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *flags]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("config", "flags", "lora_rank"),
+    [
+        pytest.param("ddp.yaml", [], 0, id="ddp"),
+        pytest.param("ddp.yaml", [], 4, id="ddp-lora", marks=pytest.mark.slow),
+        pytest.param("fsdp2.yaml", ["--fsdp"], 0, id="fsdp2"),
+    ],
+)
+def test_two_processes_train_as_one(tmp_path, config, flags, lora_rank):
+    base = save_tiny(tmp_path / "base", adapted=False)
+    one = run(base, tmp_path / "one", [sys.executable], batch_size=8, lora_rank=lora_rank)
+    two = run(base, tmp_path / "two", launch(config), *flags, batch_size=4, lora_rank=lora_rank)
+    for name, count in (("loss", 20), ("eval_loss", 3), ("response_tokens_seen", 20)):
+        ours, theirs = ([line[name] for line in lines if name in line] for lines in (two, one))
+        assert len(ours) == count
+        # held-out losses are rounded to 1e-4
+        assert ours == pytest.approx(theirs, abs=1e-5 if name == "loss" else 1.1e-4)
+    sharded = (tmp_path / "two.run" / "checkpoint-20" / "pytorch_model_fsdp_0").exists()
+    assert sharded == bool(flags)
+    name = "adapter_model.safetensors" if lora_rank else "model.safetensors"
+    whole, parallel = (load_file(tmp_path / run / name) for run in ("one", "two"))
+    assert whole.keys() == parallel.keys()
+    for weight in whole:
+        assert whole[weight] == pytest.approx(parallel[weight], abs=1e-3), weight
