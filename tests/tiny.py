@@ -88,7 +88,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_tiny(directory: Path, *, adapted: bool) -> str:
+def save_tiny(directory: Path, *, adapted: bool, context_attention: str = "block") -> str:
     """Save a tiny SmolLM2 with its tokenizer: a plain AR model, or one with a mask token and blocks of 16."""
     checkpoint = Checkpoint(
         model=tiny_model("smollm2", vocab_size=64),
@@ -99,6 +99,6 @@ def save_tiny(directory: Path, *, adapted: bool) -> str:
     )
     if adapted:
         add_mask_token(checkpoint)
-        checkpoint.config = replace(checkpoint.config, block_size=16, context_attention="block")
+        checkpoint.config = replace(checkpoint.config, block_size=16, context_attention=context_attention)
     save_checkpoint(checkpoint, directory)
     return str(directory)

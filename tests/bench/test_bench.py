@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -14,8 +15,9 @@ from fast_dllm.bench import BenchOptions, run_bench
 from fast_dllm.bench.breakdown import PARTS
 from fast_dllm.bench.findings import CHECKED_KEYS
 from fast_dllm.bench.llamacpp import LlamaCpp
+from fast_dllm.bench.precision import agree
 from fast_dllm.bench.questions import ask_about
-from fast_dllm.bench.setting import AR, BLOCK_SETTINGS, diffusion
+from fast_dllm.bench.setting import AR, block_settings, diffusion
 from fast_dllm.bench.throughput import ask, standing
 from fast_dllm.bench.timing import Timed
 from fast_dllm.cli import main
@@ -75,11 +77,12 @@ def test_every_record_has_value_spread_batch_threshold_dtype_and_accuracy(whole)
             assert {"batch", "threshold", "dtype", "accuracy"} <= record.keys()
 
 
-def test_ar_and_every_way_of_diffusion_are_measured_at_every_batch_size(whole):
+def test_ar_and_every_way_of_diffusion_are_measured_at_every_batch_size(whole, adapted):
     assert [record["batch"] for record in whole["ar_tokens_per_s"]] == BATCHES
     for key in ("diffusion_tokens_per_s", "diffusion_over_ar"):
         ways = [(r["batch"], r["sub_block_cache"], r["cache_refresh"]) for r in whole[key]]
-        cases = [(b, way["sub_block_cache"], way.get("cache_refresh")) for b in BATCHES for way in BLOCK_SETTINGS]
+        known = block_settings(BlockDiffusionLM.from_pretrained(adapted))
+        cases = [(b, way["sub_block_cache"], way.get("cache_refresh")) for b in BATCHES for way in known]
         assert ways == cases
         assert all(0 <= r["accuracy"] <= 1 and 0 <= r["ar_accuracy"] <= 1 for r in whole[key])
 
@@ -113,6 +116,57 @@ def test_transformers_runs_beside_ours(whole):
     (record,) = whole["ar_over_transformers"]
     assert (record["dtype"], record["threshold"]) == ("float32", None)
     assert record["value"] > 0
+
+
+def test_decoding_speed_is_compared_with_that_at_the_shortest_context(whole):
+    at = {(r["context"], r["threshold"]): r["value"] for r in whole["growth"] if r["batch"] == 1}
+    contexts = sorted({context for context, _ in at})
+    assert [(r["context"], r["over"]) for r in whole["growth_over_shortest"]] == [(contexts[1], contexts[0])] * 2
+    assert all(r["tokens_per_forward"] == 1.0 for r in whole["growth"] if r["threshold"] is None)
+
+
+def test_precision_compares_every_dtype_with_float32(whole):
+    records = whole["precision"]
+    assert [(r["dtype"], r["threshold"]) for r in records] == [("float32", None), ("float32", 0.9)]
+    for record in records:
+        assert (record["same_tokens"], record["same_answers"], record["items"]) == (1.0, 1.0, ITEMS)
+        assert 0 <= record["same_in_batch"] <= 1
+        share = record["accuracy"]
+        assert record["standard_error"] == pytest.approx((share * (1 - share) / ITEMS) ** 0.5)
+
+
+def test_answers_are_compared_up_to_and_including_the_first_difference():
+    same = agree([[1, 2, 3]], [[1, 2, 3]])
+    assert (same.same_tokens, same.same_answers) == (1.0, 1.0)
+    # Two equal tokens and the differing third; what follows from it counts no more. A stop that came early differs.
+    cut = agree([[1, 2, 9, 4, 5], [1, 2, 3], [7]], [[1, 2, 3, 4, 5], [1, 2, 3, 4], [7]])
+    assert cut.same_tokens == (2 + 3 + 1) / (3 + 4 + 1)
+    assert cut.same_answers == 1 / 3
+
+
+def test_int8_linear_layers_are_measured_or_named(whole):
+    measured = {r["kernel"] for r in whole["linears_s"]}
+    named = {entry["what"].removeprefix("int8 linear layers by ") for entry in whole["not_measured"]}
+    assert {r["positions"] for r in whole["linears_s"]} == {1, 8, 32}
+    for kernel in ("ours", "torch, linear_prepack (fbgemm)", "torch, _weight_int8pack_mm"):
+        assert (kernel in measured) != (kernel in named)
+
+
+def test_a_run_goes_on_where_it_stopped(adapted, tmp_path):
+    options = options_for(adapted, tmp_path, batches=[1], resume=True)
+    first = measure(replace(options, tables=["throughput"])).to_dict()
+    done = first["part_seconds"]
+    assert list(done) == ["throughput, batch 1, float32"]
+    whole = measure(replace(options, tables=["throughput", "first_token"])).to_dict()
+    assert whole["ar_tokens_per_s"] == first["ar_tokens_per_s"]
+    assert list(whole["part_seconds"]) == [*done, "first_token"]
+    assert whole["first_token_s"]
+    assert whole["seconds"] > first["seconds"]
+    with pytest.raises(FastDLLMError, match=r"is of another run \(max_new_tokens: 12 there, 13 here\)"):
+        measure(replace(options, max_new_tokens=13))
+    (tmp_path / "bench.json").write_text('{"half": ')
+    with pytest.raises(FastDLLMError, match="no run that can be resumed"):
+        measure(options)
 
 
 def test_absent_peers_are_named(whole):
@@ -161,7 +215,7 @@ def test_a_plain_model_has_ar_alone_and_that_is_said(bare):
 def test_tokens_are_counted_up_to_the_stop(adapted):
     lm = BlockDiffusionLM.from_pretrained(adapted)
     questions = ask_about(lm.tokenizer, ITEMS, seed=0)
-    for setting in (AR, diffusion(0.9)):
+    for setting in (AR, diffusion(lm, 0.9)):
         free = ask(lm, questions.prompts, setting, 40).answers
         # Whatever the model says early in its answers becomes its stop token.
         lm.checkpoint.stop_token_ids = (free[0][5],)

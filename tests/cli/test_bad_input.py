@@ -49,6 +49,9 @@ class Bench:
         data = self.chats if data is None else data
         return ["adapt", "--model", self.plain, "--data", data, "--out", self.new, *argv]
 
+    def distill(self, content, *argv, name="prompts.jsonl"):
+        return ["distill", self.plain, "--prompts", self.file(name, content), "--out", self.new, *argv]
+
     def rows(self, content):
         return self.adapt(data=self.file("bad.jsonl", content))
 
@@ -258,6 +261,11 @@ ADAPT = {
         "begins behind max_length=8 tokens; raise --max-length",
     ),
     "parquet that is none": (lambda b: b.adapt(data=b.file("x.parquet", "hello")), "datasets cannot load it"),
+    "weight no number": (lambda b: b.adapt(data=f"{b.chats}:-1"), "weight=-1.0: must be a number above 0"),
+    "recipe data a number": (
+        lambda b: ["adapt", "--recipe", b.file("r.json", '{"data": 5}'), "--model", b.plain, "--out", b.new],
+        "data=5: must name a file",
+    ),
     "no data": (lambda b: ["adapt", "--model", b.plain, "--out", b.new], "no data; give one of --data"),
     "data and task": (lambda b: b.adapt("--task", "chain_sum"), "--data and --task exclude each other"),
     "unknown task": (
@@ -285,9 +293,32 @@ ADAPT = {
     "out below a file": (lambda b: b.adapt("--out", b.chats / "x"), "is not a writable directory"),
     "out has another run": (earlier_run, "holds a run with other settings"),
 }
+DATA = {
+    "no model": (lambda b: ["data", b.chats], "Missing option '--model'"),
+    "missing model": (lambda b: ["data", b.chats, "--model", "nowhere"], "nowhere: no such file or directory"),
+    "no tokenizer": (lambda b: ["data", b.chats, "--model", b.model(without_tokenizer)], "has no tokenizer"),
+    "no template": (lambda b: ["data", b.chats, "--model", b.model(without_template)], "chats.jsonl:1: "),
+    "missing file": (lambda b: ["data", b.tmp / "no.jsonl", "--model", b.plain], "no.jsonl: no such file"),
+    "no weight": (lambda b: ["data", f"{b.chats}:0", "--model", b.plain], "weight=0.0: must be a number above 0"),
+    "broken JSON": (lambda b: ["data", "[1", "--model", b.plain], "not JSON"),
+    "unknown key": (lambda b: ["data", '{"sorce": "a"}', "--model", b.plain], "unknown key 'sorce'"),
+    "only bad rows": (
+        lambda b: ["data", b.file("bad.jsonl", "{"), "--model", b.plain, "--skip-bad-rows"],
+        "bad.jsonl: has no rows",
+    ),
+    "distill nothing": (lambda b: b.distill("\n"), "prompts.jsonl: has no prompts"),
+    "distill a text": (lambda b: b.distill([{"text": "a"}]), "prompts.jsonl:1: no prompt (keys: text)"),
+    "distill with no tokens": (lambda b: b.distill("a", "--max-new-tokens", 0, name="p.txt"), "max_new_tokens=0"),
+    "distill onto a file": (lambda b: b.distill("a", "--out", b.chats, name="p.txt"), "chats.jsonl: is there already"),
+    "distill into no directory": (
+        lambda b: b.distill("a", "--out", b.tmp / "no" / "x", name="p.txt"),
+        "cannot be writ",
+    ),
+    "distill a missing model": (lambda b: ["distill", "no", "--prompts", b.chats, "--out", b.new], "no: no such file"),
+}
 CASES = {
     f"{group} - {name}": case
-    for group, cases in {"model": MODELS, "prompt": PROMPTS, "option": OPTIONS, "adapt": ADAPT}.items()
+    for group, cases in {"model": MODELS, "prompt": PROMPTS, "option": OPTIONS, "adapt": ADAPT, "data": DATA}.items()
     for name, case in cases.items()
 }
 

@@ -9,7 +9,20 @@ import fast_dllm
 from fast_dllm.config import DecodingConfig
 from fast_dllm.training.options import AdaptOptions
 
-COMMANDS = ["generate", "chat", "adapt", "export", "info", "demo", "bench"]
+COMMANDS = [
+    "generate",
+    "chat",
+    "adapt",
+    "data",
+    "distill",
+    "export",
+    "info",
+    "demo",
+    "eval",
+    "bench",
+    "bench-train",
+    "ablate",
+]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["", *COMMANDS])

@@ -15,6 +15,9 @@ from fast_dllm.bench.questions import Questions
 from fast_dllm.bench.timing import PAUSE_S, Key, Result, Timed, alternate
 from fast_dllm.demo.live import progress_columns
 
+Part = tuple[str, Callable[[], None]]
+"""A name, and what it measures in some minutes: a long run goes on with the next one that it has not done."""
+
 
 @dataclass(frozen=True)
 class Bench:

@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fast_dllm.config import DecodingConfig
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS
 from fast_dllm.errors import FastDLLMError
 
-TABLES = ("throughput", "latency", "first_token", "peers", "growth")
+TABLES = ("throughput", "latency", "first_token", "peers", "growth", "precision", "linears")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -51,6 +52,12 @@ class Plan:
     growth_batches: tuple[int, ...]
     growth_tokens: int
     growth_rounds: int
+
+    @property
+    def usual_threshold(self) -> float:
+        """The threshold where one is enough: the default if it is among those chosen, else the last of them."""
+        default = DecodingConfig().threshold
+        return default if default in self.thresholds else self.thresholds[-1]
 
 
 SMALL = Plan(
@@ -100,6 +107,8 @@ class BenchOptions:
         full: the full preset instead of the small one.
         tables: names in `TABLES`.
         out: directory of bench.json and the figures.
+        usual_way: of block diffusion, measure only the model's default way, not every cache and refresh rule.
+        resume: keep what `out`/bench.json has of a run like this one, and measure the rest.
         dtypes: names in `DTYPES`.
         threads: CPU threads of every contestant; None takes torch's number.
         items: questions to ask, from 1 to 199.
@@ -113,6 +122,8 @@ class BenchOptions:
     full: bool = False
     tables: Sequence[str] = TABLES
     out: Path = Path("runs/bench")
+    usual_way: bool = False
+    resume: bool = False
     dtypes: Sequence[str] = ()
     threads: int | None = None
     items: int | None = None
@@ -145,7 +156,7 @@ class BenchOptions:
             items=items,
             peer_items=min(preset.peer_items, items) if self.items is None else items,
             batches=_distinct(self.batches) or preset.batches,
-            every_way_up_to=max(self.batches, default=preset.every_way_up_to),
+            every_way_up_to=0 if self.usual_way else max(self.batches, default=preset.every_way_up_to),
             thresholds=_distinct(self.thresholds) or preset.thresholds,
         )
 

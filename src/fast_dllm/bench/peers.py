@@ -45,12 +45,12 @@ Calls = dict[Any, Callable[[int], Decoded | PeerAnswer]]
 Rounds = dict[Any, list[Timed[Any]]]
 
 
-def measure_peers(bench: Bench, standings: dict[Contestant, Standing] | None) -> None:
+def measure_peers(bench: Bench, standings: dict[Contestant, Standing]) -> None:
     """Race our decoders and the peers, one question at a time.
 
     Args:
         bench: gets `ar_over_transformers`, `diffusion_over_llamacpp`, and the peers' own rates.
-        standings: of the throughput table at batch 1; names our fastest settings. None takes threshold 0.9 and
+        standings: of the throughput table at batch 1; names our fastest settings. Without any, threshold 0.9 and
             the first way to decode.
     """
     ours = _our_contestants(bench, standings)
@@ -64,7 +64,7 @@ def measure_peers(bench: Bench, standings: dict[Contestant, Standing] | None) ->
     _note(bench, ours, list(peers), timed)
 
 
-def _our_contestants(bench: Bench, standings: dict[Contestant, Standing] | None) -> list[Contestant]:
+def _our_contestants(bench: Bench, standings: dict[Contestant, Standing]) -> list[Contestant]:
     """AR; block diffusion at its fastest, and at its fastest where it is as often right as AR."""
     ours: list[Contestant] = []
     for dtype, lm in bench.models.items():
@@ -72,17 +72,18 @@ def _our_contestants(bench: Bench, standings: dict[Contestant, Standing] | None)
             ours.append((dtype, AR))
         if not can_diffuse(lm):
             continue
-        ar = (standings or {}).get((dtype, AR))
-        fast = fastest(standings, dtype) if standings else None
-        equal = fastest(standings, dtype, least_accuracy=ar.accuracy) if standings and ar else None
-        ours += [(dtype, setting) for setting in dict.fromkeys((fast or diffusion(0.9), equal)) if setting is not None]
+        ar = standings.get((dtype, AR))
+        fast = fastest(standings, dtype)
+        equal = fastest(standings, dtype, least_accuracy=ar.accuracy) if ar else None
+        chosen = dict.fromkeys((fast or diffusion(lm, 0.9), equal))
+        ours += [(dtype, setting) for setting in chosen if setting is not None]
     return ours
 
 
 def _answer_lengths(bench: Bench) -> dict[int, int]:
     """New tokens of our AR answers (item numbers as keys), so that every peer makes as many."""
     lm = next(iter(bench.models.values()))
-    setting = AR if can_go_one_by_one(lm) else diffusion(0.9)
+    setting = AR if can_go_one_by_one(lm) else diffusion(lm, 0.9)
     most = bench.options.max_new_tokens
     prompts = bench.questions.prompts[: bench.plan.peer_items]
     lengths = {number: len(ask(lm, [prompt], setting, most).answers[0]) for number, prompt in enumerate(prompts)}

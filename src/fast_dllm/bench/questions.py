@@ -7,8 +7,8 @@ from typing import Any
 
 from fast_dllm.bench.timing import WARM_UP
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, is_correct, train_and_test
-from fast_dllm.demo.run import TASKS_OF_THE_BOX
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.evaluation.box import TASKS_OF_THE_BOX
 from fast_dllm.text import ChatText
 
 

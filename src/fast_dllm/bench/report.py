@@ -71,6 +71,7 @@ def way(record: Record) -> str:
     cache = record.get("sub_block_cache", "none")
     chosen = "" if cache == "none" else f", {cache} cache renewed by {record.get('cache_refresh')}"
     chosen += ", fused commit" if record.get("fused_commit") else ""
+    chosen += ", verified" if record.get("verify") else ""
     return f"diffusion {record['threshold']:g}{chosen}"
 
 
@@ -165,5 +166,28 @@ _TABLES: tuple[tuple[str, tuple[str, ...], tuple[Column, ...]], ...] = (
         "Decoding after the prefill, as contexts and batches grow",
         ("growth",),
         (_WAY, _DTYPE, ("context", _field("context")), _BATCH, _RATE),
+    ),
+    (
+        "The same over the shortest context, paired, batch 1",
+        ("growth_over_shortest",),
+        (_WAY, _DTYPE, ("context", _field("context")), ("over", _field("over")), _RATIO),
+    ),
+    (
+        "Precision: answers alone, against those in float32, and against those in a batch",
+        ("precision",),
+        (
+            _WAY,
+            _DTYPE,
+            ("kernels", _field("kernels")),
+            ("right", lambda record: f"{record['accuracy']:.1%} ± {record['standard_error']:.1%}"),
+            ("same tokens", _percent("same_tokens")),
+            ("same answers", _percent("same_answers")),
+            ("same in a batch", _percent("same_in_batch")),
+        ),
+    ),
+    (
+        "int8 linear layers alone, in milliseconds for all of them",
+        ("linears_s",),
+        (("kernel", _field("kernel")), ("positions", _field("positions")), ("ms", _value(2, 1e3))),
     ),
 )

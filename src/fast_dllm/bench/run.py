@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,21 @@ import torch
 from rich.console import Console
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.bench.bench import Bench
+from fast_dllm.bench.bench import Bench, Part
 from fast_dllm.bench.figures import write_figures
 from fast_dllm.bench.findings import BenchResult, Findings
 from fast_dllm.bench.first_token import measure_first_token
-from fast_dllm.bench.growth import measure_growth
-from fast_dllm.bench.latency import measure_latency
+from fast_dllm.bench.growth import growth_parts
+from fast_dllm.bench.latency import latency_parts
+from fast_dllm.bench.linears import measure_linears
 from fast_dllm.bench.machine import describe, measure_peaks
 from fast_dllm.bench.options import BenchOptions
 from fast_dllm.bench.peers import measure_peers
+from fast_dllm.bench.precision import measure_precision
 from fast_dllm.bench.questions import ask_about
 from fast_dllm.bench.report import write_json
-from fast_dllm.bench.throughput import Contestant, Standing, measure_throughput
+from fast_dllm.bench.resume import take_over
+from fast_dllm.bench.throughput import Contestant, Standing, throughput_parts
 from fast_dllm.demo.live import busy
 from fast_dllm.errors import FastDLLMError
 
@@ -47,15 +50,16 @@ def run_bench(options: BenchOptions, *, screen: Console | None = None) -> BenchR
     torch.set_num_threads(threads if options.threads is None else options.threads)
     try:
         bench = _prepare(options, screen)
-        about = {**_about(bench), "table_seconds": {}}
+        about = {**_about(bench), "part_seconds": {}}
+        earlier = take_over(about, bench.findings, options.out) if options.resume else 0.0
 
         def result(files: Sequence[str] = ()) -> BenchResult:
-            seconds = round(time.perf_counter() - started, 1)
+            seconds = round(earlier + time.perf_counter() - started, 1)
             return BenchResult(about, bench.findings.records, bench.findings.not_measured, seconds, files)
 
-        for name, seconds in _measure(bench):
-            about["table_seconds"][name] = seconds
-            # A long run that is interrupted leaves the tables it finished.
+        for name, seconds in _measure(bench, done=about["part_seconds"].keys()):
+            about["part_seconds"][name] = seconds
+            # A long run that is interrupted leaves the parts it finished.
             write_json(result(), options.out)
     finally:
         torch.set_num_threads(threads)
@@ -97,28 +101,33 @@ def _load(model: str, dtypes: Sequence[str], findings: Findings) -> dict[str, Bl
     return models
 
 
-def _measure(bench: Bench) -> Iterator[tuple[str, float]]:
-    """Measure the chosen tables; yields the name of each, and the seconds it took."""
-    standings: dict[int, dict[Contestant, Standing]] = {}
-
-    def throughput() -> None:
-        standings.update(measure_throughput(bench))
-
-    measures: dict[str, Callable[[], None]] = {
-        "throughput": throughput,
-        "latency": lambda: measure_latency(bench),
-        "first_token": lambda: measure_first_token(bench),
-        "peers": lambda: measure_peers(bench, standings.get(1)),
-        "growth": lambda: measure_growth(bench),
+def _parts(bench: Bench) -> Iterator[Part]:
+    """The chosen tables, in parts of some minutes each."""
+    alone: dict[Contestant, Standing] = {}
+    tables: dict[str, Callable[[], Iterable[Part]]] = {
+        "throughput": lambda: throughput_parts(bench, alone),
+        "latency": lambda: latency_parts(bench),
+        "first_token": lambda: [("first_token", lambda: measure_first_token(bench))],
+        "peers": lambda: [("peers", lambda: measure_peers(bench, alone))],
+        "growth": lambda: growth_parts(bench),
+        "precision": lambda: [("precision", lambda: measure_precision(bench))],
+        "linears": lambda: [("linears", lambda: measure_linears(bench))],
     }
-    for name, measure in measures.items():
-        if name not in bench.options.tables:
+    for name, parts in tables.items():
+        if name in bench.options.tables:
+            yield from parts()
+
+
+def _measure(bench: Bench, done: Container[str]) -> Iterator[tuple[str, float]]:
+    """Measure what is not done; yields the name of each part, and the seconds it took."""
+    for name, measure in _parts(bench):
+        if name in done:
             continue
         started = time.perf_counter()
         try:
             measure()
         except FastDLLMError as error:
-            # One table that cannot be is no reason to lose the others.
+            # One part that cannot be is no reason to lose the others.
             bench.findings.skip(name, error)
         yield name, round(time.perf_counter() - started, 1)
 

@@ -1,14 +1,16 @@
 """The ways to decode that are compared."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fast_dllm.api import BlockDiffusionLM
+from fast_dllm.config import DecodingConfig
 
+_VERIFIED: Mapping[str, Any] = {"verify": True}
 # Add a way to decode a block here, and every table of block diffusion has it. The first one is the default of
-# `DecodingConfig`, and the only one where there is no time for all.
-BLOCK_SETTINGS: tuple[Mapping[str, Any], ...] = (
+# `DecodingConfig` where a model cannot verify.
+_UNVERIFIED: tuple[Mapping[str, Any], ...] = (
     {"sub_block_cache": "dual", "cache_refresh": "block"},
     {"sub_block_cache": "dual", "cache_refresh": "block", "fused_commit": True},
     {"sub_block_cache": "dual", "cache_refresh": "sub-block"},
@@ -45,12 +47,18 @@ class Setting:
         """What a record says of it besides the threshold; without a cache nothing is refreshed."""
         if self.threshold is None:
             return {}
-        return {"sub_block_cache": "none", "cache_refresh": None, "fused_commit": False, **dict(self.chosen)}
+        plain = {"verify": False, "sub_block_cache": "none", "cache_refresh": None, "fused_commit": False}
+        return {**plain, **dict(self.chosen)}
 
     def __str__(self) -> str:
         if self.threshold is None:
             return "AR"
-        words = {("sub_block_cache", "none"): None, ("fused_commit", True): "fused commit"}
+        words = {
+            ("sub_block_cache", "none"): None,
+            ("fused_commit", True): "fused commit",
+            ("verify", True): "verified",
+            ("verify", False): None,
+        }
         chosen = [word for key, value in self.chosen if (word := words.get((key, value), str(value)))]
         return ", ".join([f"diffusion {self.threshold:g}", *chosen])
 
@@ -58,9 +66,15 @@ class Setting:
 AR = Setting(None)
 
 
-def diffusion(threshold: float, chosen: Mapping[str, Any] = BLOCK_SETTINGS[0]) -> Setting:
-    """Block diffusion at a threshold."""
-    return Setting(threshold, tuple(sorted(chosen.items())))
+def diffusion(lm: BlockDiffusionLM, threshold: float) -> Setting:
+    """Block diffusion at a threshold, as a model does it unless told otherwise."""
+    return Setting(threshold, tuple(sorted(block_settings(lm)[0].items())))
+
+
+def block_settings(lm: BlockDiffusionLM) -> list[Mapping[str, Any]]:
+    """Every way to decode a block that a model knows; the first one is its default."""
+    verified = [_VERIFIED] if DecodingConfig().verifies(lm.config) else []
+    return [*verified, *({"verify": False, **way} for way in _UNVERIFIED)]
 
 
 def can_diffuse(lm: BlockDiffusionLM) -> bool:
@@ -73,13 +87,12 @@ def can_go_one_by_one(lm: BlockDiffusionLM) -> bool:
     return lm.config.context_attention != "full"
 
 
-def settings_for(
-    lm: BlockDiffusionLM, thresholds: Iterable[float], block_settings: Sequence[Mapping[str, Any]] = BLOCK_SETTINGS
-) -> list[Setting]:
-    """Every way to decode that a model knows: AR, then block diffusion at each threshold in each way."""
+def settings_for(lm: BlockDiffusionLM, thresholds: Iterable[float], *, every_way: bool) -> list[Setting]:
+    """Ways to decode that a model knows: AR, then block diffusion at each threshold, in each way or its default."""
     ways = [AR] if can_go_one_by_one(lm) else []
     if can_diffuse(lm):
-        ways += [diffusion(threshold, chosen) for threshold in thresholds for chosen in block_settings]
+        chosen = block_settings(lm)[: None if every_way else 1]
+        ways += [Setting(threshold, tuple(sorted(one.items()))) for threshold in thresholds for one in chosen]
     return ways
 
 
@@ -88,5 +101,5 @@ def usual_ways(
 ) -> Iterator[tuple[str, BlockDiffusionLM, Setting]]:
     """(dtype, model, setting) of AR and of the default block diffusion, for every model."""
     for dtype, lm in models.items():
-        for setting in settings_for(lm, [threshold], BLOCK_SETTINGS[:1]):
+        for setting in settings_for(lm, [threshold], every_way=False):
             yield dtype, lm, setting

@@ -1,14 +1,14 @@
 """Tokens a second on the held-out questions: AR and block diffusion, batch sizes, thresholds, caches, dtypes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.bench.bench import Bench
+from fast_dllm.bench.bench import Bench, Part
 from fast_dllm.bench.questions import Questions
-from fast_dllm.bench.setting import AR, BLOCK_SETTINGS, Setting, can_diffuse, can_go_one_by_one, settings_for
+from fast_dllm.bench.setting import AR, Setting, can_diffuse, can_go_one_by_one, settings_for
 from fast_dllm.bench.timing import WARM_UP, WARM_UP_TOKENS, Timed, paired_ratios
 from fast_dllm.generation import GenerateResult
 from fast_dllm.spread import spread
@@ -37,32 +37,28 @@ class Standing:
     new_tokens: int = 0
 
 
-def measure_throughput(bench: Bench) -> dict[int, dict[Contestant, Standing]]:
-    """Ask every contestant every question, batch size by batch size.
+def throughput_parts(bench: Bench, alone: dict[Contestant, Standing]) -> Iterator[Part]:
+    """Ask every contestant every question: a part for each batch size and dtype.
 
     Args:
         bench: gets `ar_tokens_per_s`, `diffusion_tokens_per_s`, `diffusion_over_ar` and `tokens_per_forward`.
-
-    Returns:
-        By batch size, how each contestant did.
+        alone: gets how each contestant did at batch 1.
     """
-    _say_what_is_missing(bench)
-    standings = {}
     for batch in bench.plan.batches:
-        contestants = _contestants(bench, batch)
-        rounds = max(bench.plan.rounds, -(-bench.plan.items // batch))
-        standings[batch] = race(bench, contestants, batch, rounds)
-        _note(bench, batch, standings[batch])
-    return standings
+        for dtype in bench.models:
+            yield f"throughput, batch {batch}, {dtype}", partial(_measure, bench, batch, dtype, alone)
 
 
-def _contestants(bench: Bench, batch: int) -> list[Contestant]:
-    ways = BLOCK_SETTINGS if batch <= bench.plan.every_way_up_to else BLOCK_SETTINGS[:1]
-    return [
-        (dtype, setting)
-        for dtype, lm in bench.models.items()
-        for setting in settings_for(lm, bench.plan.thresholds, ways)
-    ]
+def _measure(bench: Bench, batch: int, dtype: str, alone: dict[Contestant, Standing]) -> None:
+    _say_what_is_missing(bench)
+    every_way = batch <= bench.plan.every_way_up_to
+    ways = settings_for(bench.models[dtype], bench.plan.thresholds, every_way=every_way)
+    contestants = [(dtype, way) for way in ways]
+    rounds = max(bench.plan.rounds, -(-bench.plan.items // batch))
+    standings = race(bench, contestants, batch, rounds)
+    if batch == 1:
+        alone.update(standings)
+    _note(bench, batch, standings)
 
 
 def race(bench: Bench, contestants: Sequence[Contestant], batch: int, rounds: int) -> dict[Contestant, Standing]:

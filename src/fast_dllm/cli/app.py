@@ -7,10 +7,15 @@ from typing import Annotated
 import typer
 
 from fast_dllm import __version__
+from fast_dllm.cli.ablate import ablate
 from fast_dllm.cli.adapt import adapt
 from fast_dllm.cli.bench import bench
+from fast_dllm.cli.bench_train import bench_train
 from fast_dllm.cli.chat import chat
+from fast_dllm.cli.data import data
 from fast_dllm.cli.demo import demo
+from fast_dllm.cli.distill import distill
+from fast_dllm.cli.eval import evaluate
 from fast_dllm.cli.export import export
 from fast_dllm.cli.generate import generate
 from fast_dllm.cli.info import info
@@ -77,10 +82,31 @@ app.command(
         "fast-dllm adapt --model Qwen/Qwen2.5-1.5B-Instruct --data chats.jsonl --out my-model",
         "fast-dllm adapt --model smollm2-base --task chain_sum,leg_counting --steps 200 --out my-model",
         "fast-dllm adapt --recipe recipe.toml --out my-model --learning-rate 1e-4",
+        "fast-dllm adapt --recipe recipes/qwen2.5-7b.toml --out my-model --dry-run --processes 64 --sharded",
     )
 )(adapt)
+app.command(
+    epilog=_examples(
+        "fast-dllm data chats.jsonl --model Qwen/Qwen2.5-1.5B-Instruct",
+        "fast-dllm data chats.jsonl:3 more.parquet:1 --model my-model --shuffle-buffer 1000 --samples 5",
+        "fast-dllm data chats.jsonl --model my-model --skip-bad-rows --json",
+    )
+)(data)
+app.command(
+    epilog=_examples(
+        "fast-dllm distill Qwen/Qwen2.5-1.5B-Instruct --prompts prompts.jsonl --out chats.jsonl",
+        "fast-dllm distill model.gguf --prompts chats.jsonl --out own-chats.jsonl --dtype int8 --batch-size 16",
+    )
+)(distill)
 app.command(epilog=_examples("fast-dllm export my-model --to my-model-hf"))(export)
 app.command(epilog=_examples("fast-dllm info my-model", "fast-dllm info smollm2-base --json"))(info)
+app.command(
+    name="eval",
+    epilog=_examples(
+        "fast-dllm eval smollm2 --items 500 --dtype int8",
+        "fast-dllm eval my-model --task chain_sum,leg_counting --threshold 0.8,0.9 --against my-ar-model",
+    ),
+)(evaluate)
 app.command(epilog=_examples("fast-dllm demo", "fast-dllm demo --skip-adapt --questions 6"))(demo)
 app.command(
     epilog=_examples(
@@ -89,6 +115,10 @@ app.command(
         "fast-dllm bench --full --out runs/bench-full",
     )
 )(bench)
+app.command(
+    "bench-train", epilog=_examples("fast-dllm bench-train", "fast-dllm bench-train --lengths 1024 --lora-rank 32")
+)(bench_train)
+app.command(epilog=_examples("fast-dllm ablate smollm2-base --mask-token '<reponame>' --steps 100 --seeds 3"))(ablate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,12 +20,20 @@ def bench(
     tables: Annotated[
         str | None,
         typer.Option(
-            "--tables", metavar="NAMES", help="Of throughput,latency,first_token,peers,growth; all by default."
+            "--tables",
+            metavar="NAMES",
+            help="Of throughput,latency,first_token,peers,growth,precision,linears; all by default.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where bench.json and the figures go.")] = Path(
         "runs/bench"
     ),
+    usual_way: Annotated[
+        bool, typer.Option("--usual-way", help="Of block diffusion, only the model's default way to decode.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what DIR has of the same run, and measure the rest.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="NAMES", help="Of float32,bfloat16,float16,int8.")
     ] = None,
@@ -54,6 +62,8 @@ def bench(
         model=model,
         full=full,
         out=out,
+        usual_way=usual_way,
+        resume=resume,
         dtypes=_listed("dtype", dtype, str),
         threads=threads,
         items=items,

@@ -14,8 +14,8 @@ from fast_dllm.demo.compare import DECODING, compare, print_totals, totals
 from fast_dllm.demo.live import adapt_live, busy
 from fast_dllm.demo.report import write_report
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.evaluation.box import TASKS_OF_THE_BOX
 
-TASKS_OF_THE_BOX = ("chain_sum", "leg_counting", "number_sorting", "basic_arithmetic")
 _LIVE_TRAINING = 2000
 
 

@@ -1,0 +1,71 @@
+"""Evaluation asks what was not trained on, and counts what was answered."""
+
+import json
+
+import pytest
+
+from fast_dllm.api import BlockDiffusionLM
+from fast_dllm.cli.app import main
+from fast_dllm.data.tasks import held_out_items
+from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, seen_by_the_box
+from fast_dllm.evaluation.procedural import AUTOREGRESSIVE, evaluate, ways_to_decode
+from fast_dllm.evaluation.run import held_out_questions
+from tiny import save_tiny
+
+TASKS = "chain_sum,leg_counting"
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("causal") / "model", adapted=True, context_attention="causal")
+
+
+def test_verified_answers_are_those_of_ar_and_block_causal_models_have_none(causal, tmp_path):
+    lm = BlockDiffusionLM.from_pretrained(causal)
+    items = held_out_items(TASKS.split(","), 6, seed=0)
+    outcomes = evaluate(lm, items, ways_to_decode(lm, [0.5], 12), max_batch=4)
+    assert list(outcomes) == [AUTOREGRESSIVE, "verified 0.5", "diffusion 0.5"]
+    tokens = [[s.new_tokens for s in outcomes[name].statistics] for name in (AUTOREGRESSIVE, "verified 0.5")]
+    assert tokens[0] == tokens[1]
+    assert outcomes[AUTOREGRESSIVE].tokens_per_forward == 1
+    block = BlockDiffusionLM.from_pretrained(save_tiny(tmp_path / "block", adapted=True))
+    assert list(ways_to_decode(block, [0.5], 12)) == [AUTOREGRESSIVE, "diffusion 0.5"]
+
+
+def test_questions_that_the_box_was_trained_on_are_left_out():
+    seen = seen_by_the_box()
+    # Of this small task, many of the held-out questions were.
+    assert any(item.question in seen for item in held_out_items(["basic_arithmetic"], 120, seed=0))
+    asked = held_out_questions(["basic_arithmetic"], 60)
+    assert len({item.question for item in asked} - seen) == 60
+
+
+def test_command_prints_and_writes_the_same_report(causal, tmp_path, capsys):
+    out = tmp_path / "eval.json"
+    argv = ["eval", str(causal), "--task", TASKS, "--items", "4", "--threshold", "0.9", "--max-new-tokens", "6"]
+    assert main([*argv, "--out", str(out), "--against", str(causal)]) == 0
+    printed = capsys.readouterr().out.strip().splitlines()
+    report = json.loads(printed[-1])
+    assert report == json.loads(out.read_text())
+    assert list(report["ways"]) == [f"AR of {causal}", "AR", "verified 0.9", "diffusion 0.9"]
+    assert set(report["ways"]["AR"]["tasks"]) == set(TASKS.split(","))
+    assert report["ways"]["AR"]["over_baseline"]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--threshold", "high"], "must be numbers"),
+        (["--task", "chess"], "unknown"),
+        (["--items", "4", "--task", "chain_sum", "--threshold", "2"], "threshold"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(causal, argv, message, capsys):
+    assert main(["eval", str(causal), *argv]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_the_box_tasks_exist():
+    assert held_out_items(TASKS_OF_THE_BOX, 4, seed=0)
