@@ -83,6 +83,8 @@ def test_what_is_shown_is_never_taken_back():
     result = case.decode(on_event=watch)
     assert shown == result.answers[0]
     assert withdrawn == result.total.withdrawn_tokens > 0
+    # Every token told is the answer's, or was taken back.
+    assert result.total.revealed_tokens - withdrawn == len(shown) == 60
 
 
 def test_no_position_behind_the_limit_is_computed():

@@ -5,46 +5,11 @@ arXiv 2505.22618 is one block over the canvas, prompt inside, with its windows a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
 from fast_dllm.decoding.events import Event, FinishReason, ForwardKind, Statistics
+from fast_dllm.decoding.forward import Forward, Revealed
 from fast_dllm.errors import FastDLLMError
-
-Revealed = tuple[int, int, float]
-"""(position, token, confidence) of a token that a row reveals."""
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """A forward that a request needs.
-
-    Attributes:
-        kind: what it is for.
-        start: first position it runs over.
-        end: end of the positions it runs over.
-        visible_end: end of the keys it may look at.
-        noisy_from: start of the noisy block; `visible_end` in a clean forward.
-        candidates: positions whose token it predicts.
-        certain: so many of the first candidates the policy does not weigh against the others: they are revealed in
-            any case.
-        prefilled: so many of the first positions are run for their K/V alone.
-    """
-
-    kind: ForwardKind
-    start: int
-    end: int
-    visible_end: int
-    noisy_from: int
-    candidates: tuple[int, ...]
-    certain: int = 0
-    prefilled: int = 0
-
-    @property
-    def decisions(self) -> list[int]:
-        """How many candidates each decision of the policy is about, in their order."""
-        weighed = len(self.candidates) - self.certain
-        return [1] * self.certain + ([weighed] if weighed else [])
 
 
 class DecodeState:
@@ -332,6 +297,7 @@ def absorb(state: DecodeState, forward: Forward, request: int, revealed: Sequenc
     _settle(state)
     if state.verifies and state.finish is None and state.committed >= state._prefill_end:
         _end_draft(state)
+        accepted = [token for token in accepted if token[0] < state.block_start]
     elif state._fuses and state.finish is None and state.committed == state.block_start and _block_done(state):
         state.block_start = state.block_end
         state._open_block()

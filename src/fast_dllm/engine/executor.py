@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fast_dllm.cache import KVCache
 from fast_dllm.config import BlockDiffusionConfig, ConfidenceMeasure, DecodingConfig
+from fast_dllm.decoding.forward import Revealed
 from fast_dllm.decoding.policy import PolicyParameters, select
 from fast_dllm.decoding.sampling import SamplingParameters, greedy, sample
-from fast_dllm.decoding.state import Revealed
 from fast_dllm.engine.request import Row
 from fast_dllm.model.backbone import Backbone, ForwardBatch, RowSpan
 

@@ -4,7 +4,8 @@ import random
 from dataclasses import dataclass, field
 
 from fast_dllm.config import DecodingConfig
-from fast_dllm.decoding.state import DecodeState, Forward
+from fast_dllm.decoding.forward import Forward
+from fast_dllm.decoding.state import DecodeState
 
 
 @dataclass(eq=False)
