@@ -6,6 +6,7 @@ def test_json_tells_what_a_checkpoint_is(run, adapted):
     assert facts["architecture"] == "LlamaForCausalLM"
     assert (facts["layers"], facts["vocabulary"], facts["max_length"]) == (2, 64, 512)
     assert (facts["block_size"], facts["context_attention"], facts["token_shift"]) == (8, "block", True)
+    assert facts["verifies_drafts"] is False
     assert facts["mask_token"] == {"id": 54, "text": "|<MASK>|"}
     assert facts["stop_tokens"] == [{"id": 3, "text": "<|im_end|>"}]
     assert facts["dtype"] == "float32"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fast_dllm.cli.options import BaseOption, MaskOption, ModelArgument
+from fast_dllm.config import DecodingConfig
 
 if TYPE_CHECKING:
     from fast_dllm.checkpoint import Checkpoint
@@ -48,6 +49,7 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
         "mask_token": None if config.mask_token_id is None else _token(checkpoint, config.mask_token_id),
         "token_shift": config.token_shift,
         "context_attention": config.context_attention,
+        "verifies_drafts": config.block_size > 1 and DecodingConfig().verifies(config),
         "stop_tokens": [_token(checkpoint, token) for token in checkpoint.stop_token_ids],
         "max_length": checkpoint.max_length,
         "backbone": "native" if (why := why_not_native(checkpoint)) is None else f"hf: {why}",

@@ -27,7 +27,8 @@ class AdaptOptions(_FromMapping):
         context_attention: who sees whom among clean tokens.
         complementary: two views with complementary masks (off: one view).
         pad_to_block: pad each sample with mask tokens to whole blocks (off: samples straddle blocks).
-        ar_weight: weight of the autoregressive loss on the clean stream; needs causal context attention.
+        ar_weight: weight of the autoregressive loss on the clean stream; needs causal context attention. Such models
+            verify their drafts against their autoregressive answers, which only this loss trains: give it 0.5, say.
         pack: pack samples into rows of `max_length`, with per-document masks and restarted positions.
         lora_rank: rank of the LoRA adapter on all linear layers; 0 trains all weights.
         lora_alpha: scale of the adapter; None is twice the rank.
