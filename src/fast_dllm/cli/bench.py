@@ -1,16 +1,12 @@
 """`fast-dllm bench`: what block diffusion gains on this machine."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
-from fast_dllm.cli.options import ModelArgument
-from fast_dllm.errors import FastDLLMError
-
-_Value = TypeVar("_Value")
+from fast_dllm.cli.options import ModelArgument, listed
 
 
 def bench(
@@ -53,7 +49,7 @@ def bench(
     AR, block diffusion, transformers and llama.cpp take turns in one process. Prints tables, and one JSON object on
     the last line.
     """
-    chosen: dict[str, Any] = {} if tables is None else {"tables": _listed("tables", tables, str)}
+    chosen: dict[str, Any] = {} if tables is None else {"tables": listed("tables", tables, str)}
     from rich.console import Console
 
     from fast_dllm.bench.options import BenchOptions
@@ -64,11 +60,11 @@ def bench(
         out=out,
         usual_way=usual_way,
         resume=resume,
-        dtypes=_listed("dtype", dtype, str),
+        dtypes=listed("dtype", dtype, str),
         threads=threads,
         items=items,
-        batches=_listed("batch", batch, int),
-        thresholds=_listed("threshold", threshold, float),
+        batches=listed("batch", batch, int),
+        thresholds=listed("threshold", threshold, float),
         seed=seed,
         max_new_tokens=max_new_tokens,
         **chosen,
@@ -80,11 +76,3 @@ def bench(
     # Tables are wide; in a pipe there is no terminal whose width would limit them.
     print_result(result, Console() if sys.stdout.isatty() else Console(width=160))
     print(to_json(result))
-
-
-def _listed(name: str, text: str | None, kind: Callable[[str], _Value]) -> tuple[_Value, ...]:
-    parts = [] if text is None else [part.strip() for part in text.split(",") if part.strip()]
-    try:
-        return tuple(kind(part) for part in parts)
-    except ValueError:
-        raise FastDLLMError(f"--{name} {text}: must be numbers with commas between them") from None

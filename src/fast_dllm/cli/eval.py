@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fast_dllm.cli.options import DtypeOption, ModelArgument
-from fast_dllm.errors import FastDLLMError
+from fast_dllm.cli.options import DtypeOption, ModelArgument, listed
+from fast_dllm.cli.recipe import split_tasks
+from fast_dllm.files import whole_file
 
 
 def evaluate(
@@ -36,19 +37,15 @@ def evaluate(
     Prints accuracy with its 95% interval, the paired difference to AR, tokens per forward, and one JSON object on the
     last line.
     """
-    try:
-        thresholds = [float(part) for part in threshold.split(",")]
-    except ValueError:
-        raise FastDLLMError(f"--threshold {threshold}: must be numbers with commas between them") from None
+    thresholds = listed("threshold", threshold, float)
     from rich.console import Console
 
     from fast_dllm.evaluation.run import run_eval
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    tasks = None if task is None else [name.strip() for name in task.split(",")]
     report = run_eval(
         model,
-        tasks=tasks,
+        tasks=None if task is None else split_tasks(task),
         count=items,
         thresholds=thresholds,
         baseline=against,
@@ -58,6 +55,6 @@ def evaluate(
         console=console,
     )
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        with whole_file(out) as file:
+            file.write(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))

@@ -60,6 +60,7 @@ SkipOption = Annotated[
     ),
 ]
 
+_Value = TypeVar("_Value")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -97,6 +98,24 @@ def takes(
 def given(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def listed(name: str, text: str | None, kind: Callable[[str], _Value]) -> tuple[_Value, ...]:
+    """The values in "VALUE,VALUE"; none for None.
+
+    Args:
+        name: of the option, for the error.
+        text: as it was given.
+        kind: makes a value of each part.
+
+    Raises:
+        FastDLLMError: for a part that is no such value.
+    """
+    parts = [] if text is None else [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return tuple(kind(part) for part in parts)
+    except ValueError:
+        raise FastDLLMError(f"--{name} {text}: must be numbers with commas between them") from None
 
 
 def decoding_from_options(mode: Mode, stop: list[str] | None, settings: Mapping[str, Any]) -> DecodingConfig:

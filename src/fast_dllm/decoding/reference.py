@@ -98,8 +98,7 @@ def reference_generate(
                 ids = [config.mask_token_id if token is None else token for token in sequence]
                 logits = logits_of(torch.tensor([ids]), block_start)
                 read = [i - 1 if config.token_shift else i for i in masked]
-                uniform = [draws[i - len(prompt)] for i in masked]
-                tokens, confidences = _choose(logits[read], config, decoding, uniform)
+                tokens, confidences = _choose(logits[read], config, decoding, [draws[i - len(prompt)] for i in masked])
                 if fused and config.token_shift and masked[0] == block_start:
                     # The first look at a block, in the forward that commits the one before it.
                     revealed = [0, *(1 + rest for rest in _reveal(confidences[1:], decoding))]

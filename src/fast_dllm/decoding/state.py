@@ -54,9 +54,10 @@ class DecodeState:
         self.prompt_length = len(prompt)
         self.limit = self.prompt_length + decoding.max_new_tokens
         self.block_size, self._sub_size = decoding.layout(model, self.limit)
-        self.verifies = decoding.verifies(model) and self._sub_size > 1
-        if decoding.verifies(model):
+        verifies = decoding.verifies(model)
+        if verifies:
             self.block_size = self._sub_size  # a draft is looked at once: there is nothing to refine in a longer one
+        self.verifies = verifies and self.block_size > 1
         self._cache, self._refresh = decoding.caching(model)
         self._shift = 1 if model.token_shift else 0
         own_stops = decoding.stop_token_ids
