@@ -15,6 +15,7 @@ class ScriptedBackbone:
     """
 
     max_length = None
+    draft_budget = None
     device = torch.device("cpu")
 
     def __init__(self, script, *, vocabulary=16, shift=1):

@@ -90,8 +90,8 @@ def test_what_is_shown_is_never_taken_back():
 def test_no_position_behind_the_limit_is_computed():
     case = Case("llama", CAUSAL, tokens(3, 20), DecodingConfig(max_new_tokens=11, stop_token_ids=()))
     case.decode(on_event=(events := []).append)
-    assert sum(event.query_tokens for event in events[:1]) == 20 + 8
-    assert max(event.query_tokens for event in events[1:]) <= 11
+    assert sum(event.query_tokens for event in events[:1]) == 20 + 7
+    assert max(event.query_tokens for event in events[1:]) <= 10
     single = replace(case.decoding, max_new_tokens=1)
     assert decode(case, [case.prompt], [single]).total.query_tokens_by_kind == {"commit": 20}
 

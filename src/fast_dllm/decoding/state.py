@@ -111,6 +111,18 @@ class DecodeState:
         if self.committed == self._prefill_end:
             self._open_block()
 
+    def draft(self, width: int) -> None:
+        """Draft at most so many tokens at a time, if this request verifies: the answer does not depend on it.
+
+        Args:
+            width: 1 is AR decoding; more than the sub-block size is that size.
+        """
+        width = min(width, self._sub_size)
+        if self.verifies and width != self.block_size:
+            self.block_size = width
+            self._truncate(self.block_start)  # between two forwards nothing of a block that verifies is revealed
+            self._open_block()
+
     def rewind(self) -> None:
         """Forget the K/V: what was committed is prefilled again. Tokens stay, and so does what they will be.
 
@@ -217,6 +229,10 @@ def _clean_forward(state: DecodeState, kind: ForwardKind, end: int) -> Forward:
 def _block_forward(state: DecodeState) -> Forward:
     """A look at the whole block; what stands before it and is not committed yet is committed by it."""
     candidates, end = state._masked(), state.block_end
+    if state.verifies:
+        # Under token shift nothing is read at the last mask. A draft can do without its sight, which saves a position;
+        # a block that is final needs it: the model learned on whole blocks.
+        end -= state._shift
     if state.committed == state.block_start:
         return Forward(ForwardKind.BLOCK, state.committed, end, end, state.block_start, candidates)
     drafted = _unchecked(state, state.block_start)

@@ -60,6 +60,7 @@ class Engine:
         token_budget: int | None = None,
         prefill_chunk: int | None = 512,
         prefix_cache: bool = True,
+        draft_budget: int | None = None,
     ) -> None:
         """Allocate the cache.
 
@@ -76,12 +77,16 @@ class Engine:
                 decode; rounded to whole blocks, at least one, unless attention is causal. None: no limit.
             prefix_cache: keep the K/V of requests that have ended until their slot is needed, and let a request
                 whose beginning is known, from those or from a running one, start behind it.
+            draft_budget: masks that a tick looks at, shared by the rows that verify their drafts: the more rows, the
+                less each drafts, down to AR decoding. Answers do not depend on it. None: the backbone's.
         """
         self._config = config
         self._backbone = backbone
         self._cache: KVCache = backbone.new_cache(slots, max_length)
         self._executor = Executor(backbone, config)
-        self._scheduler = Scheduler(token_budget, prefill_chunk)
+        if draft_budget is None:
+            draft_budget = backbone.draft_budget
+        self._scheduler = Scheduler(token_budget, prefill_chunk, draft_budget)
         self._prefixes = PrefixIndex(config.context_attention) if prefix_cache else None
         self._token_budget = token_budget
         self._stop_token_ids = tuple(stop_token_ids)

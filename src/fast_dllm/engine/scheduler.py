@@ -17,17 +17,19 @@ class Scheduler:
         running: in order of arrival.
     """
 
-    def __init__(self, token_budget: int | None, prefill_chunk: int | None) -> None:
+    def __init__(self, token_budget: int | None, prefill_chunk: int | None, draft_budget: int | None = None) -> None:
         """Start with no requests.
 
         Args:
             token_budget: positions that the running requests may hold together; None for no limit.
             prefill_chunk: most positions of a prefill forward, and of all of them in a tick; None for no limit.
+            draft_budget: masks that the rows which verify their drafts share in a tick; None for no limit.
         """
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._token_budget = math.inf if token_budget is None else token_budget
         self._prefill_chunk = prefill_chunk
+        self._draft_budget = draft_budget
         self._held = 0
         self._begin_tick()
 
@@ -51,6 +53,7 @@ class Scheduler:
         number = 0
         while number < len(self.running):  # preemption shortens it from the end
             request = self.running[number]
+            self._share_drafts(request, len(self.running))
             if self._grow(request, preempted):
                 self.plan(request)
             number += 1
@@ -67,6 +70,7 @@ class Scheduler:
         """
         if not self.waiting or not free_slots or self._stalled or self._prefill_room <= 0:
             return None
+        self._share_drafts(self.waiting[0], len(self.running) + 1)
         needed = self.waiting[0].state.block_end
         if self._held + needed > self._token_budget:
             return None
@@ -105,6 +109,11 @@ class Scheduler:
         else:
             self.running.remove(request)
             self._hold(request, 0)
+
+    def _share_drafts(self, request: Request, rows: int) -> None:
+        """Let a request draft as many tokens as its share of the budget, at least the one of AR decoding."""
+        if self._draft_budget is not None:
+            request.state.draft(max(self._draft_budget // rows, 1))
 
     def _hold(self, request: Request, positions: int) -> None:
         self._held += positions - request.held

@@ -134,11 +134,20 @@ class ForwardBatch:
         return torch.arange(keys, device=self.positions.device) < limit[:, None, :, None]
 
 
+DRAFTS_ON_CPU = 16
+"""`Backbone.draft_budget` of a CPU, measured on two cores with AVX-512; `fast-dllm bench --batch 1,4,8,16` shows it."""
+
+
 class Backbone(Protocol):
     """A causal language model run over our cache."""
 
     max_length: int | None
     """Longest sequence the model can take, in tokens; None if it names none."""
+
+    draft_budget: int | None
+    """Masks that a forward may look at, over all rows that verify their drafts, before it pays to draft less; None for
+    no limit. A few masks cost next to nothing while a forward takes as long as reading the weights; beyond that each
+    costs what a token of another row would."""
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 
 from fast_dllm.cache import KVCache, LayerShape
 from fast_dllm.config import ContextAttention
-from fast_dllm.model.backbone import ForwardBatch, RowSpan
+from fast_dllm.model.backbone import DRAFTS_ON_CPU, ForwardBatch, RowSpan
 from fast_dllm.model.forward import head_logits, hidden_states
 
 
@@ -73,6 +73,7 @@ class HFBackbone:
         self.model = model
         self.attention: ContextAttention = attention
         self.max_length = max_length
+        self.draft_budget = DRAFTS_ON_CPU if model.device.type == "cpu" else None
         self._layers = self._probe_layers()
 
     @property

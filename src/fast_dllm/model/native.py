@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fast_dllm.cache import KVCache, LayerShape
 from fast_dllm.config import ContextAttention
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.model.backbone import ForwardBatch
+from fast_dllm.model.backbone import DRAFTS_ON_CPU, ForwardBatch
 from fast_dllm.model.compiled import CompiledOps, new_tiled_cache, why_not_compiled
 from fast_dllm.model.cpu_ops import HEAD_DIMS, CpuOps
 from fast_dllm.model.kernels import why_no_kernels
@@ -76,6 +76,7 @@ class NativeBackbone:
         if own or precision == "int8":
             shape = read_shape(model, torch.float32)
         self.kernels = "own CPU kernels" if own else f"torch ({why_not or 'as asked'})"
+        self.draft_budget = DRAFTS_ON_CPU if model.device.type == "cpu" else None
         self.shape = shape
         self._ops: Any
         if compile:
