@@ -182,13 +182,17 @@ class BlockDiffusionLM:
         return self._open([prompt], DecodingConfig() if decoding is None else decoding, max_batch=1)
 
     def answers(
-        self, prompts: Sequence[Prompt], decoding: DecodingConfig | None = None, *, max_batch: int = 32
+        self,
+        prompts: Sequence[Prompt],
+        decoding: DecodingConfig | Sequence[DecodingConfig] | None = None,
+        *,
+        max_batch: int = 32,
     ) -> Iterator[Reply]:
         """Answer many prompts, several at once.
 
         Args:
             prompts: conversations or token ids.
-            decoding: settings of all; prompt i draws from seed + i.
+            decoding: settings of all, where prompt i draws from seed + i; or of each.
             max_batch: prompts decoded at once.
 
         Returns:
@@ -227,11 +231,14 @@ class BlockDiffusionLM:
         """
         save_checkpoint(self.checkpoint, directory)
 
-    def _open(self, prompts: Sequence[Prompt], decoding: DecodingConfig, *, max_batch: int) -> TextStream:
-        if decoding.stop_strings and self._text is None:
-            raise FastDLLMError("stop_strings need a tokenizer, and this checkpoint has none")
+    def _open(
+        self, prompts: Sequence[Prompt], decoding: DecodingConfig | Sequence[DecodingConfig], *, max_batch: int
+    ) -> TextStream:
         ids = [self._prompt_ids(prompt) for prompt in prompts]
-        requests = list(zip(ids, for_each(ids, decoding), strict=True))
+        settings = for_each(ids, decoding) if isinstance(decoding, DecodingConfig) else decoding
+        if self._text is None and any(one.stop_strings for one in settings):
+            raise FastDLLMError("stop_strings need a tokenizer, and this checkpoint has none")
+        requests = list(zip(ids, settings, strict=True))
         stops = self.checkpoint.stop_token_ids
         engine, submitted = make_engine(self.backbone, self.config, requests, stops, max_batch=max_batch)
         return TextStream(engine, submitted, self._text)

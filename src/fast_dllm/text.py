@@ -49,8 +49,16 @@ def _check_message(number: int, message: object) -> Message:
     return {"role": role, "content": content}
 
 
-def render_messages(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+def render_messages(
+    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool, continue_final_message: bool = False
+) -> str:
     """The conversation as the tokenizer's chat template writes it.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the conversation.
+        add_generation_prompt: end where the assistant's answer begins.
+        continue_final_message: end inside the last message, which is the beginning of an answer.
 
     Raises:
         FastDLLMError: when the tokenizer has no chat template, or the template refuses the conversation.
@@ -62,7 +70,10 @@ def render_messages(tokenizer: Any, messages: Sequence[Message], *, add_generati
     # Templates are programs of their authors: they raise anything, jinja2.TemplateError above all.
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
     except Exception as error:
         raise FastDLLMError(f"the chat template refuses the conversation: {error}") from error

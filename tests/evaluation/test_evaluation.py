@@ -7,9 +7,10 @@ import pytest
 from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.cli.app import main
 from fast_dllm.data.tasks import held_out_items
-from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, seen_by_the_box
-from fast_dllm.evaluation.procedural import AUTOREGRESSIVE, evaluate, ways_to_decode
-from fast_dllm.evaluation.run import held_out_questions
+from fast_dllm.evaluation.benchmark import evaluate
+from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, seen_in_training
+from fast_dllm.evaluation.procedural import ProceduralBenchmark, held_out_questions
+from fast_dllm.evaluation.ways import AUTOREGRESSIVE, ways_to_decode
 from tiny import save_tiny
 
 TASKS = "chain_sum,leg_counting"
@@ -20,20 +21,22 @@ def causal(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("causal") / "model", adapted=True, context_attention="causal")
 
 
-def test_verified_answers_are_those_of_ar_and_block_causal_models_have_none(causal, tmp_path):
+def test_verified_answers_are_those_of_ar_and_other_models_have_none(causal, tmp_path):
     lm = BlockDiffusionLM.from_pretrained(causal)
-    items = held_out_items(TASKS.split(","), 6, seed=0)
-    outcomes = evaluate(lm, items, ways_to_decode(lm, [0.5], 12), max_batch=4)
+    questions = ProceduralBenchmark(held_out_items(TASKS.split(","), 6, seed=0), max_new_tokens=12)
+    outcomes = evaluate(lm, [questions], ways_to_decode(lm, [0.5]), max_batch=4)
     assert list(outcomes) == [AUTOREGRESSIVE, "verified 0.5", "diffusion 0.5"]
     tokens = [[s.new_tokens for s in outcomes[name].statistics] for name in (AUTOREGRESSIVE, "verified 0.5")]
     assert tokens[0] == tokens[1]
-    assert outcomes[AUTOREGRESSIVE].tokens_per_forward == 1
+    assert outcomes[AUTOREGRESSIVE].total.tokens_per_forward == 1
     block = BlockDiffusionLM.from_pretrained(save_tiny(tmp_path / "block", adapted=True))
-    assert list(ways_to_decode(block, [0.5], 12)) == [AUTOREGRESSIVE, "diffusion 0.5"]
+    assert list(ways_to_decode(block, [0.5])) == [AUTOREGRESSIVE, "diffusion 0.5"]
+    plain = BlockDiffusionLM.from_pretrained(save_tiny(tmp_path / "plain", adapted=False))
+    assert list(ways_to_decode(plain, [0.5])) == [AUTOREGRESSIVE]
 
 
 def test_questions_that_the_box_was_trained_on_are_left_out():
-    seen = seen_by_the_box()
+    seen = seen_in_training()
     # Of this small task, many of the held-out questions were.
     assert any(item.question in seen for item in held_out_items(["basic_arithmetic"], 120, seed=0))
     asked = held_out_questions(["basic_arithmetic"], 60)
@@ -56,7 +59,7 @@ def test_command_prints_and_writes_the_same_report(causal, tmp_path, capsys):
     ("argv", "message"),
     [
         (["--threshold", "high"], "must be numbers"),
-        (["--task", "chess"], "unknown"),
+        (["--task", "chess"], "task 'chess': unknown; choose from chain_sum"),
         (["--items", "4", "--task", "chain_sum", "--threshold", "2"], "threshold"),
     ],
 )

@@ -31,6 +31,11 @@ def test_equal_answers_differ_by_exactly_nothing():
     assert paired_difference([True, False, True], [True, False, True]).high == 0
 
 
+def test_one_pair_says_nothing_of_the_others():
+    interval = paired_difference([True], [False])
+    assert (interval.value, interval.low, interval.high) == (1, -1, 1)
+
+
 def test_pairing_narrows_the_interval_of_answers_that_go_together():
     right = [True] * 80 + [False] * 20
     slightly_worse = [True] * 78 + [False] * 22

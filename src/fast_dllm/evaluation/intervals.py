@@ -40,12 +40,14 @@ def paired_difference(right: Sequence[bool], baseline: Sequence[bool]) -> Interv
     """Difference of two shares on the same questions, with the interval of the mean of the per-question differences.
 
     Args:
-        right: per question, at least two.
+        right: per question, at least one.
         baseline: of the other contestant, in the same order.
     """
     differences = [int(a) - int(b) for a, b in zip(right, baseline, strict=True)]
     count = len(differences)
     mean = sum(differences) / count
+    if count == 1:
+        return Interval(mean, -1.0, 1.0)  # one pair says nothing of the others
     variance = sum((difference - mean) ** 2 for difference in differences) / (count - 1)
     half = _Z * math.sqrt(variance / count)
     return Interval(mean, mean - half, mean + half)

@@ -1,6 +1,6 @@
 """`fast-dllm eval` as a Python call."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,36 +8,49 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.data.tasks import Item, held_out_items
+from fast_dllm.config import DecodingConfig
+from fast_dllm.data.tasks import TASKS
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, seen_by_the_box
-from fast_dllm.evaluation.procedural import AUTOREGRESSIVE, Outcome, evaluate, ways_to_decode
+from fast_dllm.evaluation.benchmark import Benchmark, evaluate
+from fast_dllm.evaluation.box import TASKS_OF_THE_BOX
+from fast_dllm.evaluation.harness_tasks import load_benchmarks
+from fast_dllm.evaluation.outcome import Outcome
+from fast_dllm.evaluation.procedural import MAX_NEW_TOKENS, ProceduralBenchmark, held_out_questions
 from fast_dllm.evaluation.report import print_report, to_report
+from fast_dllm.evaluation.ways import AUTOREGRESSIVE, ways_to_decode
+
+PROCEDURAL_QUESTIONS = 200
 
 
 def run_eval(
     model: str | Path,
     *,
     tasks: Sequence[str] | None = None,
-    count: int = 200,
+    count: int | None = None,
     thresholds: Sequence[float] = (0.9,),
     baseline: str | Path | None = None,
     dtype: str | None = None,
     max_batch: int = 16,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
+    few_shot: int | None = None,
+    benchmark_data: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Ask a model held-out procedural questions in several ways.
+    """Ask a model questions in several ways.
 
     Args:
         model: what `BlockDiffusionLM.from_pretrained` takes.
-        tasks: names in `data.tasks.TASKS`; None takes those of the model in the box.
-        count: held-out questions, over all tasks; none that the model in the box was ever trained on.
+        tasks: names in `data.tasks.TASKS`, of which only held-out questions are asked, and tasks of
+            lm-evaluation-harness; None takes the procedural tasks of the model in the box.
+        count: procedural questions, over all tasks (None: 200; none that the model in the box was ever trained on), and
+            of each task of lm-evaluation-harness (None: all).
         thresholds: of block diffusion.
         baseline: a model whose AR answers are compared with; None compares with the model's own.
         dtype: as for `from_pretrained`.
         max_batch: questions answered at once.
-        max_new_tokens: limit of an answer.
+        max_new_tokens: limit of an answer; None takes 128 for procedural questions, and each other task's own.
+        few_shot: see `harness_tasks.load_benchmarks`.
+        benchmark_data: see `harness_tasks.load_benchmarks`.
         console: where progress and the table go; None shows none.
 
     Returns:
@@ -46,53 +59,83 @@ def run_eval(
     Raises:
         FastDLLMError: for an unknown task, or a model that cannot be asked.
     """
-    items = held_out_questions(TASKS_OF_THE_BOX if tasks is None else tasks, count)
+    names = TASKS_OF_THE_BOX if tasks is None else tasks
+    if not names:
+        raise FastDLLMError("no tasks given; leave --task out, or name some")
+    others = load_benchmarks(
+        [name for name in names if name not in TASKS],
+        data=benchmark_data,
+        few_shot=few_shot,
+        limit=count,
+        max_new_tokens=max_new_tokens,
+    )
+    benchmarks = [*_procedural(names, count, max_new_tokens), *others]
     lm = _load(model, dtype)
-    ways = ways_to_decode(lm, thresholds, max_new_tokens)
-    compared = None if baseline is None else _load(baseline, dtype)
-    asked = (len(ways) + (compared is not None)) * len(items)
+    ways = _ways(lm, benchmarks, thresholds)
+    contestants = [(lm, ways)]
+    if baseline is not None:
+        contestants.insert(0, (_load(baseline, dtype), {f"AR of {baseline}": ways[AUTOREGRESSIVE]}))
+    outcomes = _ask(contestants, benchmarks, max_batch, console)
+    reference = outcomes[AUTOREGRESSIVE if baseline is None else f"AR of {baseline}"]
+    report = to_report(
+        outcomes,
+        reference,
+        model=str(model),
+        dtype=dtype,
+        against=str(model if baseline is None else baseline),
+        settings={benchmark.name: benchmark.settings for benchmark in benchmarks},
+    )
+    if console is not None:
+        print_report(report, console)
+    return report
+
+
+def _ask(
+    contestants: Sequence[tuple[BlockDiffusionLM, Mapping[str, DecodingConfig]]],
+    benchmarks: Sequence[Benchmark],
+    max_batch: int,
+    console: Console | None,
+) -> dict[str, Outcome]:
+    """What each model makes of the questions in each of its ways, by way."""
+    answers = sum(len(ways) for _, ways in contestants) * sum(benchmark.count for benchmark in benchmarks)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    outcomes: dict[str, Outcome] = {}
     with Progress(*columns, console=console, disable=console is None) as progress:
-        bar = progress.add_task("", total=asked)
+        bar = progress.add_task("", total=answers)
 
         def advance(name: str) -> None:
             progress.update(bar, description=name, advance=1)
 
-        outcomes = evaluate(lm, items, ways, max_batch=max_batch, advance=advance)
-        reference: Outcome = outcomes[AUTOREGRESSIVE]
-        if compared is not None:
-            only_ar = {f"AR of {baseline}": ways[AUTOREGRESSIVE]}
-            of_baseline = evaluate(compared, items, only_ar, max_batch=max_batch, advance=advance)
-            reference = next(iter(of_baseline.values()))
-            outcomes = {**of_baseline, **outcomes}
-    about = {"model": str(model), "dtype": dtype, "against": str(model if baseline is None else baseline)}
-    report = to_report(outcomes, reference, **about)
-    if console is not None:
-        print_report(report, console)
-    return report
+        for lm, ways in contestants:
+            outcomes |= evaluate(lm, benchmarks, ways, max_batch=max_batch, advance=advance)
+    return outcomes
+
+
+def _procedural(names: Sequence[str], count: int | None, max_new_tokens: int | None) -> list[Benchmark]:
+    tasks = [name for name in names if name in TASKS]
+    if not tasks:
+        return []
+    items = held_out_questions(tasks, PROCEDURAL_QUESTIONS if count is None else count)
+    return [ProceduralBenchmark(items, MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens)]
 
 
 def _load(model: str | Path, dtype: str | None) -> BlockDiffusionLM:
     lm = BlockDiffusionLM.from_pretrained(model, dtype=dtype)
     if lm.tokenizer is None:
         raise FastDLLMError(f"{model}: this checkpoint has no tokenizer, and questions are text")
+    lm.backbone.draft_budget = None  # tokens per forward are to be those of a request that runs alone
     return lm
 
 
-def held_out_questions(tasks: Sequence[str], count: int) -> list[Item]:
-    """Questions for a test.
-
-    Args:
-        tasks: names in `data.tasks.TASKS`.
-        count: how many, over all tasks; none of them was trained on by the model in the box.
-
-    Raises:
-        FastDLLMError: for an unknown task, or more questions than there are.
-    """
-    seen = seen_by_the_box()
-    # Twice as many as asked for: some tasks are small, and half of their questions may have been trained on.
-    held_out = held_out_items(tasks, 2 * count, seed=0)
-    items = [item for item in held_out if item.question not in seen][:count]
-    if len(items) < count:
-        raise FastDLLMError(f"only {len(items)} held-out questions are left of these tasks; lower --items")
-    return items
+def _ways(
+    lm: BlockDiffusionLM, benchmarks: Sequence[Benchmark], thresholds: Sequence[float]
+) -> dict[str, DecodingConfig]:
+    ways = ways_to_decode(lm, thresholds)
+    likelihoods = [benchmark.name for benchmark in benchmarks if not benchmark.decodes]
+    if not likelihoods:
+        return ways
+    if len(likelihoods) < len(benchmarks):
+        raise FastDLLMError(
+            f"{', '.join(likelihoods)}: compares likelihoods and decodes nothing; evaluate it by itself"
+        )
+    return {AUTOREGRESSIVE: ways[AUTOREGRESSIVE]}
