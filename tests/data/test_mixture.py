@@ -102,6 +102,46 @@ def test_sources_without_weights_follow_each_other(files):
     assert len(found.held_out) == 6
 
 
+def gather_with_tasks(data, **options):
+    pytest.importorskip("reasoning_gym")
+    return gather_conversations(data, ["chain_sum"], **{"task_items": 60, "held_out": 18, **options})
+
+
+def test_tasks_come_before_the_data_and_each_holds_out_its_share(files):
+    long, short = files
+    found = gather_with_tasks([long, short])
+    places = [document.place.rpartition("/")[2] for document in found.train]
+    assert places == [
+        *(f"chain_sum item {n}" for n in range(1, 61)),
+        *(f"long.jsonl:{n}" for n in range(1, 96)),
+        *(f"short.jsonl:{n}" for n in range(1, 20)),
+    ]
+    # A third of what there is are tasks, so a third of the 18; of the others a twentieth of each source at most.
+    assert [document.place.rpartition("/")[2] for document in found.held_out] == [
+        *(f"chain_sum held-out item {n}" for n in range(1, 7)),
+        *(f"long.jsonl:{n}" for n in range(96, 101)),
+        "short.jsonl:20",
+    ]
+
+
+def test_what_is_held_out_of_tasks_is_what_a_run_on_tasks_alone_is_tested_on(files):
+    beside, alone = gather_with_tasks(files[0], held_out=20), gather_with_tasks(None, held_out=20)
+    questions = [[document.content for document in found.held_out] for found in (beside, alone)]
+    assert questions[1][:7] == questions[0][:7]
+    assert len(alone.held_out) == 20
+    asked = {str(content) for content in questions[1]}
+    assert not asked & {str(document.content) for found in (beside, alone) for document in found.train}
+
+
+def test_a_weight_mixes_tasks_in_with_weight_one(files):
+    found = gather_with_tasks(f"{files[0]}:3")
+    tasks = sum("chain_sum" in document.place for document in found.train)
+    assert 0.15 < tasks / len(found.train) < 0.35
+    places = [document.place for document in found.train]
+    assert len(set(places)) == 60 + 95  # each at least once, the smaller share ends it
+    assert places == [document.place for document in gather_with_tasks(f"{files[0]}:3").train]
+
+
 def test_what_is_held_out_is_not_drawn_however_often_its_source_is(files):
     long, short = files
     found = gather([long, f"{short}:3"])
@@ -160,8 +200,8 @@ def test_skipped_rows_are_counted_over_reading_and_rendering(files):
 
 def test_everything_lost_to_the_length_is_described(files):
     data = render_conversations(byte_level(), gather(files[0]), max_length=18)
-    assert data.truncated == 100
-    assert data.lost_ends == 100
+    assert data.counts.truncated == 100
+    assert data.counts.lost_ends == 100
     assert "100 cut to --max-length 18; end-of-turn tokens lost by that: 100" in data.describe(18)
 
 

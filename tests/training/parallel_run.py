@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fast_dllm.training.adapt import adapt
 from fast_dllm.training.options import AdaptOptions
-from samples import make_samples
+from samples import make_samples, stream_samples
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -26,4 +26,5 @@ if __name__ == "__main__":
             make_state(self, *args, **kwargs)
 
         AcceleratorState.__init__ = with_gpu
-    adapt(base, make_samples(48), AdaptOptions(**json.loads(options)), out, held_out=make_samples(4))
+    chosen = AdaptOptions(**json.loads(options))
+    adapt(base, stream_samples if chosen.stream else make_samples(48), chosen, out, held_out=make_samples(4))

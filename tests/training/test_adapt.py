@@ -17,7 +17,7 @@ from fast_dllm.training.adapt import adapt
 from fast_dllm.training.evaluation import ProbeItem
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.trainer import BlockDiffusionTrainer
-from samples import make_samples
+from samples import make_samples, stream_samples
 from tiny import tiny_model, tiny_tokenizer
 
 OPTIONS = AdaptOptions(
@@ -93,12 +93,13 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.parametrize("samples", [make_samples(), stream_samples], ids=["memory", "stream"])
 @pytest.mark.parametrize(("batch", "accumulation"), [(1, 8), (2, 4)])
-def test_accumulation_does_not_change_the_updates(base, tmp_path, batch, accumulation):
+def test_accumulation_does_not_change_the_updates(base, tmp_path, batch, accumulation, samples):
     options = replace(OPTIONS, steps=20, learning_rate=1e-3, lora_rank=0)
-    adapt(base, make_samples(), replace(options, batch_size=8), tmp_path / "wide")
+    adapt(base, samples, replace(options, batch_size=8), tmp_path / "wide")
     in_parts = replace(options, batch_size=batch, accumulation=accumulation)
-    adapt(base, make_samples(), in_parts, tmp_path / "parts")
+    adapt(base, samples, in_parts, tmp_path / "parts")
     # float64 would be exact; in float32 the order of the sums differs.
     assert losses(tmp_path / "wide.run") == pytest.approx(losses(tmp_path / "parts.run"), abs=1e-5)
 

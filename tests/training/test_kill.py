@@ -28,9 +28,9 @@ def command(tmp_path):
     chats.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     code = "import torch, sys; torch.set_num_threads(1); from fast_dllm.cli import main; sys.exit(main())"
 
-    def build(out: Path) -> list[str]:
+    def build(out: Path, *more: str) -> list[str]:
         data = ["--model", str(tmp_path / "base"), "--data", str(chats), "--out", str(out)]
-        return [sys.executable, "-c", code, "adapt", *data, *FLAGS]
+        return [sys.executable, "-c", code, "adapt", *data, *FLAGS, *more]
 
     return build
 
@@ -54,14 +54,14 @@ def kill_at(command: list[str], out: Path, step: int, delay: float) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
-def check(command, tmp_path: Path, kills: int) -> None:
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+def check(command, tmp_path: Path, kills: int, *more: str) -> None:
+    subprocess.run(command(tmp_path / "whole", *more), check=True, capture_output=True)
     rng = random.Random(kills)
     out = tmp_path / "killed"
     for step in sorted(rng.sample(range(1, 38), kills)):
-        kill_at(command(out), out, step, delay=rng.uniform(0, 0.03))
+        kill_at(command(out, *more), out, step, delay=rng.uniform(0, 0.03))
         assert not out.exists()
-    subprocess.run(command(out), check=True, capture_output=True)
+    subprocess.run(command(out, *more), check=True, capture_output=True)
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys()
     for name, weight in whole.items():
@@ -70,13 +70,21 @@ def check(command, tmp_path: Path, kills: int) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_killed_run_ends_with_the_weights_of_one_left_alone(command, tmp_path):
-    check(command, tmp_path, kills=2)
+    check(command, tmp_path, 2)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "more", [pytest.param((), id="rows", marks=pytest.mark.slow), pytest.param(("--pack",), id="packed")]
+)
+def test_a_killed_run_over_a_stream_too(command, tmp_path, more):
+    check(command, tmp_path, 2, "--stream", "--shuffle-buffer", "8", *more)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_killed_five_times_too(command, tmp_path):
-    check(command, tmp_path, kills=5)
+    check(command, tmp_path, 5)
 
 
 def test_half_written_files_are_neither_resumed_from_nor_in_the_way(command, tmp_path):

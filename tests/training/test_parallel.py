@@ -37,17 +37,18 @@ def launch(config: str) -> list[str]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("config", "flags", "lora_rank"),
+    ("config", "flags", "options"),
     [
-        pytest.param("ddp.yaml", [], 0, id="ddp"),
-        pytest.param("ddp.yaml", [], 4, id="ddp-lora", marks=pytest.mark.slow),
-        pytest.param("fsdp2.yaml", ["--fsdp"], 0, id="fsdp2"),
+        pytest.param("ddp.yaml", [], {"lora_rank": 0}, id="ddp"),
+        pytest.param("ddp.yaml", [], {"lora_rank": 4}, id="ddp-lora", marks=pytest.mark.slow),
+        pytest.param("ddp.yaml", [], {"lora_rank": 0, "stream": True, "pack": True}, id="ddp-stream"),
+        pytest.param("fsdp2.yaml", ["--fsdp"], {"lora_rank": 0}, id="fsdp2"),
     ],
 )
-def test_two_processes_train_as_one(tmp_path, config, flags, lora_rank):
+def test_two_processes_train_as_one(tmp_path, config, flags, options):
     base = save_tiny(tmp_path / "base", adapted=False)
-    one = run(base, tmp_path / "one", [sys.executable], batch_size=8, lora_rank=lora_rank)
-    two = run(base, tmp_path / "two", launch(config), *flags, batch_size=4, lora_rank=lora_rank)
+    one = run(base, tmp_path / "one", [sys.executable], batch_size=8, **options)
+    two = run(base, tmp_path / "two", launch(config), *flags, batch_size=4, **options)
     for name, count in (("loss", 20), ("eval_loss", 3), ("response_tokens_seen", 20)):
         ours, theirs = ([line[name] for line in lines if name in line] for lines in (two, one))
         assert len(ours) == count
@@ -55,7 +56,7 @@ def test_two_processes_train_as_one(tmp_path, config, flags, lora_rank):
         assert ours == pytest.approx(theirs, abs=1e-5 if name == "loss" else 1.1e-4)
     sharded = (tmp_path / "two.run" / "checkpoint-20" / "pytorch_model_fsdp_0").exists()
     assert sharded == bool(flags)
-    name = "adapter_model.safetensors" if lora_rank else "model.safetensors"
+    name = "adapter_model.safetensors" if options["lora_rank"] else "model.safetensors"
     whole, parallel = (load_file(tmp_path / run / name) for run in ("one", "two"))
     assert whole.keys() == parallel.keys()
     for weight in whole:

@@ -11,9 +11,10 @@ from fast_dllm.cli.recipe import split_tasks
 from fast_dllm.training.options import AdaptOptions
 
 _VARIED = ("seed", "pad_to_block", "complementary", "context_attention", "ar_weight", "objective")
+_OF_DATA = ("stream", "shuffle_buffer")
 
 
-@takes(AdaptOptions, skip=_VARIED)
+@takes(AdaptOptions, skip=(*_VARIED, *_OF_DATA))
 def ablate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The small model to adapt, as for adapt.")],
     *,

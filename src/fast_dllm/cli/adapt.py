@@ -16,10 +16,13 @@ from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.options import AdaptOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from rich.console import Console
 
+    from fast_dllm.data.build import TrainingData
+    from fast_dllm.data.sources import Document
+    from fast_dllm.data.stream import SampleStream
     from fast_dllm.training.adapt import AdaptResult
     from fast_dllm.training.evaluation import ProbeItem
 
@@ -36,7 +39,8 @@ def adapt(
     data: DataOption = None,
     skip_bad_rows: SkipOption = None,
     task: Annotated[
-        str | None, typer.Option("--task", metavar="NAME[,NAME...]", help="Generated reasoning tasks instead of data.")
+        str | None,
+        typer.Option("--task", metavar="NAME[,NAME...]", help="Generated reasoning tasks, alone or beside data."),
     ] = None,
     task_items: Annotated[
         int | None, typer.Option("--task-items", min=1, help="Training items, over all tasks. [default: 8000]")
@@ -57,6 +61,7 @@ def adapt(
     """
     written = {} if recipe is None else read_recipe(recipe)
     if data or task is not None:
+        # Whoever names data wants to train on that, and not on the recipe's too.
         written = {key: value for key, value in written.items() if key not in ("data", "tasks")}
     tasks = None if task is None else split_tasks(task)
     own = {"model": model, "data": data or None, "tasks": tasks, "task_items": task_items, **settings}
@@ -80,29 +85,58 @@ def _run(plan: Recipe, out: Path, console: "Console") -> None:
     options = plan.options
     with waiting("preparing the data"):
         from fast_dllm.checkpoint.directory import check_target
-        from fast_dllm.data.build import gather_conversations, render_conversations
         from fast_dllm.training.adapt import adapt as train
 
         check_target(out)
-        conversations = gather_conversations(
-            plan.data,
-            plan.tasks,
-            task_items=plan.task_items,
-            held_out=options.eval_samples,
-            skip_bad_rows=plan.skip_bad_rows,
-            seed=options.seed,
-        )
-        tokenizer = _tokenizer(plan.model, options.mask_token)
-        data = render_conversations(tokenizer, conversations, max_length=options.max_length)
+        tokenizer, data = _stream(plan) if options.stream else _in_memory(plan)
     probe = _probe(plan, tokenizer) if plan.tasks else None
     if not console.quiet:
-        typer.echo(f"samples        {data.describe(options.max_length)}")
+        found = f"{len(data.held_out)} held out, the others are read as they are trained"
+        typer.echo(f"samples        {found if options.stream else data.describe(options.max_length)}")
     bar = console if console.is_terminal and not console.quiet else None
     # The bar shows the training alone; loading and measuring take their time too.
     with nullcontext() if bar is None else bar.status("adapting; the held-out loss is measured before and after"):
         result = train(plan.model, data.samples, options, out, held_out=data.held_out, probe=probe, console=bar)
-    if not console.quiet:
-        _tell_result(result, options)
+    if console.quiet:
+        return
+    if options.stream:
+        typer.echo(f"samples read   {data.describe(options.max_length)}")
+    _tell_result(result, options)
+
+
+def _in_memory(plan: Recipe) -> "tuple[Any, TrainingData]":
+    """The model's tokenizer, and all samples."""
+    from fast_dllm.data.build import gather_conversations, render_conversations
+
+    options = plan.options
+    conversations = gather_conversations(
+        plan.data,
+        plan.tasks,
+        task_items=plan.task_items,
+        held_out=options.eval_samples,
+        skip_bad_rows=plan.skip_bad_rows,
+        seed=options.seed,
+    )
+    tokenizer = _tokenizer(plan.model, options.mask_token)
+    return tokenizer, render_conversations(tokenizer, conversations, max_length=options.max_length)
+
+
+def _stream(plan: Recipe) -> "tuple[Any, SampleStream]":
+    """The model's tokenizer, and samples that are read as they are trained."""
+    from fast_dllm.data.build import stream_documents, task_documents
+    from fast_dllm.data.sources import BadRows
+    from fast_dllm.data.stream import SampleStream
+
+    options, bad = plan.options, BadRows(skip=plan.skip_bad_rows)
+    made = task_documents(plan.tasks, plan.task_items)[0] if plan.tasks else []
+
+    def documents(epoch: int) -> "Iterator[Document]":
+        buffer, seed = options.shuffle_buffer, options.seed
+        return stream_documents(plan.data, made, shuffle_buffer=buffer, seed=seed, bad=bad, epoch=epoch)
+
+    tokenizer = _tokenizer(plan.model, options.mask_token)
+    held_out, max_length = options.eval_samples, options.max_length
+    return tokenizer, SampleStream(tokenizer, documents, held_out=held_out, max_length=max_length, bad=bad)
 
 
 def _probe(plan: Recipe, tokenizer: Any) -> "list[ProbeItem]":

@@ -21,8 +21,8 @@ class Recipe:
 
     Attributes:
         model: what `load_checkpoint` takes.
-        data: what `data.sources.parse_sources` takes; None when tasks are given.
-        tasks: names in `data.tasks.TASKS`; empty when data is given.
+        data: what `data.sources.parse_sources` takes; None for tasks alone.
+        tasks: names in `data.tasks.TASKS`; empty for data alone.
         task_items: training items, over all tasks.
         options: of the training.
         skip_bad_rows: leave out and count rows that cannot be used.
@@ -40,20 +40,19 @@ class Recipe:
         """Make the recipe from checked settings.
 
         Raises:
-            FastDLLMError: when the model or the data is missing, there is data and tasks, or an option is invalid.
+            FastDLLMError: when the model or the data is missing, or an option is invalid.
         """
         model, data, tasks = (settings.get(name) for name in ("model", "data", "tasks"))
         if model is None:
             raise FastDLLMError("no model; give --model MODEL")
-        if bool(data) == bool(tasks):
-            problem = "--data and --task exclude each other" if data else "no data"
-            raise FastDLLMError(f"{problem}; give one of --data chats.jsonl and --task NAME[,NAME...]")
+        if not data and not tasks:
+            raise FastDLLMError("no data; give --data chats.jsonl or --task NAME[,NAME...], or both")
         options = {name: value for name, value in settings.items() if name in _OPTIONS}
         items = settings.get("task_items", 8000)
         if not isinstance(items, int) or isinstance(items, bool) or items < 1:
             raise FastDLLMError(f"task_items={items!r}: must be an integer of 1 or more")
         skip = bool(settings.get("skip_bad_rows", False))
-        return cls(model, data, tuple(tasks or ()), items, AdaptOptions(**options), skip)
+        return cls(model, data or None, tuple(tasks or ()), items, AdaptOptions(**options), skip)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """From data sets or tasks to samples for training: some held out, all rendered with a model's own chat template."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from fast_dllm.data.chat import Sample, render
 from fast_dllm.data.mixture import mix, shuffled
-from fast_dllm.data.sources import BadRows, Document, Source, parse_sources, read_documents
+from fast_dllm.data.sources import BadRows, Document, parse_sources, read_documents
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, train_and_test
 from fast_dllm.errors import FastDLLMError
 
@@ -28,6 +28,55 @@ class Conversations:
     bad: BadRows = field(default_factory=BadRows)
 
 
+@dataclass
+class Counts:
+    """What became of samples.
+
+    Attributes:
+        used: samples with a loss position.
+        truncated: samples cut to the maximal length, dropped ones included.
+        dropped: samples without a loss position after that.
+        lost_ends: assistant turns whose end-of-turn token was cut off.
+
+    """
+
+    used: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    lost_ends: int = 0
+
+    def usable(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """Count samples on their way, and keep those with a loss position."""
+        for sample in samples:
+            self.truncated += sample.truncated
+            self.lost_ends += sample.lost_ends
+            if any(sample.loss_mask):
+                self.used += 1
+                yield sample
+            else:
+                self.dropped += 1
+
+    def describe(self, held_out: int, skipped: int, max_length: int) -> str:
+        """One line on what there is, and on everything that was lost.
+
+        Args:
+            held_out: samples of `used` that are not trained on.
+            skipped: rows that could not be used.
+            max_length: of a sample.
+
+        """
+        parts = [f"{self.used - held_out}, {held_out} held out"]
+        if self.truncated:
+            parts.append(f"{self.truncated} cut to --max-length {max_length}")
+        if self.lost_ends:
+            parts.append(f"end-of-turn tokens lost by that: {self.lost_ends}")
+        if self.dropped:
+            parts.append(f"{self.dropped} dropped: nothing of their answers was left")
+        if skipped:
+            parts.append(f"bad rows skipped: {skipped}")
+        return "; ".join(parts)
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """Samples to train on.
@@ -35,32 +84,19 @@ class TrainingData:
     Attributes:
         samples: each with a loss position.
         held_out: samples that are not trained on.
-        truncated: samples cut to the maximal length, held-out ones and dropped ones included.
-        dropped: samples without a loss position after that.
-        lost_ends: assistant turns whose end-of-turn token was cut off.
+        counts: of both.
         skipped: rows that could not be used.
 
     """
 
     samples: list[Sample]
     held_out: list[Sample]
-    truncated: int
-    dropped: int
-    lost_ends: int = 0
+    counts: Counts
     skipped: int = 0
 
     def describe(self, max_length: int) -> str:
         """One line on what there is, and on everything that was lost."""
-        parts = [f"{len(self.samples)}, {len(self.held_out)} held out"]
-        if self.truncated:
-            parts.append(f"{self.truncated} cut to --max-length {max_length}")
-        if self.lost_ends:
-            parts.append(f"end-of-turn tokens lost by that: {self.lost_ends}")
-        if self.dropped:
-            parts.append(f"{self.dropped} dropped: nothing of their answers was left")
-        if self.skipped:
-            parts.append(f"bad rows skipped: {self.skipped}")
-        return "; ".join(parts)
+        return self.counts.describe(len(self.held_out), self.skipped, max_length)
 
 
 def gather_conversations(
@@ -72,14 +108,14 @@ def gather_conversations(
     skip_bad_rows: bool = False,
     seed: int = 0,
 ) -> Conversations:
-    """Read or make conversations.
+    """Read and make conversations.
 
-    Several sources follow each other. Where one has a weight, they are drawn by `mix` instead, those without a weight
-    with weight 1.
+    Several sources follow each other, the tasks before them as one. Where a source has a weight, they are drawn by
+    `mix` instead, those without a weight, and the tasks, with weight 1.
 
     Args:
-        data: what `parse_sources` takes, or None for tasks.
-        tasks: as for `make_items`.
+        data: what `parse_sources` takes, or None for tasks alone.
+        tasks: as for `make_items`; none for data alone.
         task_items: training items, over all tasks.
         held_out: at most so many are held out: fresh task items, or the last 5% of each source.
         skip_bad_rows: leave out and count rows that cannot be used; otherwise the first is an error.
@@ -90,39 +126,70 @@ def gather_conversations(
 
     """
     bad = BadRows(skip=skip_bad_rows)
-    if data is None:
-        # One data set for all runs: what one run is tested on, no other may have learned.
-        train, test = train_and_test(tasks, task_items, max(held_out, RESERVED_TEST_ITEMS), seed=0)
-        return Conversations(_as_documents(train, "item"), _as_documents(test[:held_out], "held-out item"), bad)
-    sources = parse_sources(data)
-    parts = [list(read_documents(source, bad)) for source in sources]
-    total = sum(map(len, parts))
-    kept = [len(part) - min(held_out * len(part) // total, len(part) // 20) for part in parts]
-    trained = [part[:end] for part, end in zip(parts, kept, strict=True)]
+    sources = [] if data is None else parse_sources(data)
+    read = [list(read_documents(source, bad)) for source in sources]
+    total = sum(map(len, read)) + (task_items if tasks else 0)
+    parts = [_split(part, min(held_out * len(part) // total, len(part) // 20)) for part in read]
+    weights = [source.weight for source in sources]
+    if tasks:
+        train, test = task_documents(tasks, task_items, max(held_out, RESERVED_TEST_ITEMS))
+        parts, weights = [(train, test[: held_out * task_items // total]), *parts], [None, *weights]
     return Conversations(
-        train=list(_drawn(sources, trained, seed)),
-        held_out=[document for part, end in zip(parts, kept, strict=True) for document in part[end:]],
+        train=list(_drawn([trained for trained, _ in parts], weights, seed)),
+        held_out=[document for _, left in parts for document in left],
         bad=bad,
     )
 
 
-def stream_documents(data: object, *, shuffle_buffer: int, seed: int, bad: BadRows) -> Iterator[Document]:
+def task_documents(
+    tasks: Sequence[str], count: int, held_out: int = RESERVED_TEST_ITEMS
+) -> tuple[list[Document], list[Document]]:
+    """Generated items to train on, and others to measure with: the same for all runs, and none is in both.
+
+    Args:
+        tasks: as for `make_items`.
+        count: training items, over all tasks.
+        held_out: items to measure with.
+
+    Raises:
+        FastDLLMError: for an unknown task.
+
+    """
+    # One data set for all runs: what one run is tested on, no other may have learned.
+    train, test = train_and_test(tasks, count, held_out, seed=0)
+    return _as_documents(train, "item"), _as_documents(test, "held-out item")
+
+
+def stream_documents(
+    data: object | None,
+    made: Sequence[Document] = (),
+    *,
+    shuffle_buffer: int,
+    seed: int,
+    bad: BadRows,
+    epoch: int = 0,
+) -> Iterator[Document]:
     """Documents of data that does not fit into memory, mixed and shuffled on the way.
 
     Args:
-        data: what `parse_sources` takes. Sources without weights are mixed evenly, each row once.
+        data: what `parse_sources` takes, or None for `made` alone. Sources without weights are mixed evenly, each row
+            once.
+        made: documents that are one more source, without a weight: `task_documents`.
         shuffle_buffer: documents held to choose the next one from; 1 or less keeps the order.
         seed: of the draws and the shuffle.
         bad: told of every row that cannot be used.
+        epoch: how often the data has been read before; it is drawn and shuffled anew each time.
 
     Raises:
         FastDLLMError: for bad data, while it is read.
 
     """
-    sources = parse_sources(data)
-    opened = [partial(read_documents, source, bad, stream=True) for source in sources]
-    documents = mix(opened, _weights(sources), seed=seed)
-    return shuffled(documents, shuffle_buffer, seed=seed) if shuffle_buffer > 1 else documents
+    sources = [] if data is None else parse_sources(data)
+    opened: list[Callable[[], Iterable[Document]]] = [partial(iter, made)] if made else []
+    opened += [partial(read_documents, source, bad, stream=True) for source in sources]
+    shares = _shares([*[None] * bool(made), *(source.weight for source in sources)])
+    documents = mix(opened, shares, seed=f"{seed}-{epoch}")
+    return shuffled(documents, shuffle_buffer, seed=f"{seed}-{epoch}") if shuffle_buffer > 1 else documents
 
 
 def render_documents(
@@ -164,38 +231,48 @@ def render_conversations(tokenizer: Any, conversations: Conversations, *, max_le
         key: list(render_documents(tokenizer, [document], max_length=max_length, bad=bad))
         for key, document in once.items()
     }
+    counts = Counts()
     train = [sample for document in conversations.train for sample in rendered[id(document)]]
-    held_out = list(render_documents(tokenizer, conversations.held_out, max_length=max_length, bad=bad))
-    data = TrainingData(
-        samples=[sample for sample in train if any(sample.loss_mask)],
-        held_out=[sample for sample in held_out if any(sample.loss_mask)],
-        truncated=sum(sample.truncated for sample in [*train, *held_out]),
-        dropped=sum(not any(sample.loss_mask) for sample in [*train, *held_out]),
-        lost_ends=sum(sample.lost_ends for sample in [*train, *held_out]),
-        skipped=bad.count,
-    )
-    if not train:
-        raise FastDLLMError(f"no conversation can be used; the first: {bad.examples[0]}")
+    held_out = render_documents(tokenizer, conversations.held_out, max_length=max_length, bad=bad)
+    data = TrainingData(list(counts.usable(train)), list(counts.usable(held_out)), counts, bad.count)
     if not data.samples:
-        place = conversations.train[0].place
-        raise FastDLLMError(
-            f"{place}, as all others: the answer begins behind max_length={max_length} tokens; raise --max-length"
-        )
+        raise nothing_to_learn(conversations.train[0].place if train else None, bad, max_length)
     return data
+
+
+def nothing_to_learn(place: str | None, bad: BadRows, max_length: int) -> FastDLLMError:
+    """The error of data without a sample to train on.
+
+    Args:
+        place: of the first document that was rendered; None when none could be.
+        bad: what was wrong with the others.
+        max_length: of a sample.
+
+    """
+    if place is None:
+        return FastDLLMError("; the first: ".join(["no conversation can be used", *bad.examples[:1]]))
+    return FastDLLMError(
+        f"{place}, as all others: the answer begins behind max_length={max_length} tokens; raise --max-length"
+    )
 
 
 def _as_documents(items: Iterable[Item], name: str) -> list[Document]:
     return [Document(item.messages(), f"{item.task} {name} {number}") for number, item in enumerate(items, start=1)]
 
 
-def _drawn(sources: Sequence[Source], parts: Sequence[list[Document]], seed: int) -> Iterator[Document]:
-    weights = _weights(sources)
-    if weights is None:
+def _split(documents: list[Document], held_out: int) -> tuple[list[Document], list[Document]]:
+    end = len(documents) - held_out
+    return documents[:end], documents[end:]
+
+
+def _drawn(parts: Sequence[list[Document]], weights: Sequence[float | None], seed: int) -> Iterator[Document]:
+    shares = _shares(weights)
+    if shares is None:
         return (document for part in parts for document in part)
-    return mix([partial(iter, part) for part in parts], weights, seed=seed)
+    return mix([partial(iter, part) for part in parts], shares, seed=seed)
 
 
-def _weights(sources: Sequence[Source]) -> list[float] | None:
-    if len(sources) == 1 or all(source.weight is None for source in sources):
+def _shares(weights: Sequence[float | None]) -> list[float] | None:
+    if len(weights) == 1 or all(weight is None for weight in weights):
         return None
-    return [1.0 if source.weight is None else source.weight for source in sources]
+    return [1.0 if weight is None else weight for weight in weights]

@@ -13,7 +13,7 @@ _END = object()
 
 
 def mix(
-    sources: Sequence[Callable[[], Iterable[_Row]]], weights: Sequence[float] | None = None, *, seed: int
+    sources: Sequence[Callable[[], Iterable[_Row]]], weights: Sequence[float] | None = None, *, seed: int | str
 ) -> Iterator[_Row]:
     """Draw rows from several sources, each in its own order, until every source has been given once, whole.
 
@@ -43,7 +43,7 @@ def mix(
             unseen.discard(index)
 
 
-def shuffled(rows: Iterable[_Row], buffer_size: int, *, seed: int) -> Iterator[_Row]:
+def shuffled(rows: Iterable[_Row], buffer_size: int, *, seed: int | str) -> Iterator[_Row]:
     """Rows in a random order, with only some of them held.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 from transformers.trainer_utils import IntervalStrategy
@@ -15,15 +16,16 @@ from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, add_mask_token, sav
 from fast_dllm.checkpoint.directory import check_target
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.data.chat import Sample
-from fast_dllm.data.packing import Packed, pack
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.callbacks import ProgressBar, RunClock, Watchdog
 from fast_dllm.training.evaluation import Evaluation, ProbeItem, probe_from
 from fast_dllm.training.lora import open_adapter, wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
+from fast_dllm.training.quantised import quantise_linears
 from fast_dllm.training.recompute import recompute_cheap_operations, recompute_layers
-from fast_dllm.training.run_directory import RunDirectory
-from fast_dllm.training.schedule import RunDataset, StreamCollator, run_order
+from fast_dllm.training.rows import Epochs, open_run, rows_of
+from fast_dllm.training.run_directory import RunDirectory, step_of
+from fast_dllm.training.schedule import RunDataset, StreamCollator
 from fast_dllm.training.sharding import gather, is_sharded
 from fast_dllm.training.trainer import BlockDiffusionTrainer, with_training_forward, without_training_forward
 
@@ -38,7 +40,6 @@ class AdaptResult:
         loss_after: and after.
         steps: optimizer updates made, over all resumptions.
         seconds: training time, over all resumptions.
-        truncated: samples cut to `max_length`.
     """
 
     directory: Path
@@ -46,12 +47,11 @@ class AdaptResult:
     loss_after: float | None
     steps: int
     seconds: float
-    truncated: int
 
 
 def adapt(
     source: str | Path,
-    samples: Sequence[Sample],
+    samples: Sequence[Sample] | Epochs,
     options: AdaptOptions,
     out: str | Path,
     *,
@@ -68,7 +68,9 @@ def adapt(
 
     Args:
         source: what `load_checkpoint` takes.
-        samples: token ids and loss masks, cut to `options.max_length`.
+        samples: token ids and loss masks, cut to `options.max_length`; or what opens an epoch of them, for data that
+            does not fit into memory (`data.stream.SampleStream.samples`). A resumed run reads such data again, up to
+            where it was.
         options: the recipe.
         out: directory of the adapted checkpoint; the run's saves and `log.jsonl` are in `out`.run.
         held_out: samples whose loss is measured before, on the way and after.
@@ -86,7 +88,8 @@ def adapt(
     check_target(out)
     run.claim({"source": str(source), "processes": arguments.world_size, **options.to_dict()})
     model, checkpoint = _prepare(source, options)
-    rows = _rows(samples, checkpoint.config, options)
+    per_update = options.batch_size * options.accumulation * arguments.world_size
+    rows = RunDataset(open_run(samples, checkpoint.config, options, per_update), options.steps * per_update)
     evaluation = _evaluation(held_out[: options.eval_samples], probe, checkpoint, options)
     resume = run.last_save()
     arguments.eval_on_start = evaluation is not None and resume is None
@@ -97,6 +100,7 @@ def adapt(
     )
     if is_sharded(trainer) and options.lora_rank:
         raise FastDLLMError("a LoRA adapter is not sharded: launch it with recipes/ddp.yaml, or give --lora-rank 0")
+    _read_up_to(0 if resume is None else step_of(resume) * per_update, rows, console)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         seconds = round(clock.elapsed(), 1)
@@ -104,14 +108,7 @@ def adapt(
     finally:
         if bar is not None:
             bar.close()
-    result = AdaptResult(
-        directory=out,
-        loss_before=before,
-        loss_after=after,
-        steps=trainer.state.global_step,
-        seconds=seconds,
-        truncated=sum(sample.truncated for sample in samples),
-    )
+    result = AdaptResult(out, before, after, steps=trainer.state.global_step, seconds=seconds)
     _save(trainer, checkpoint, options, result)
     return result
 
@@ -145,7 +142,7 @@ def _evaluation(
         return None
     chosen = probe_from(held_out, options.probe_items) if probe is None else probe
     return Evaluation(
-        rows=_rows(held_out, checkpoint.config, options),
+        rows=rows_of(held_out, checkpoint.config, options),
         collator=_collator(checkpoint.config, options),
         batch_size=options.batch_size,
         bfloat16=options.dtype == "bfloat16",
@@ -157,22 +154,20 @@ def _evaluation(
 def _make_trainer(
     model: Any,
     arguments: TrainingArguments,
-    rows: Sequence[Packed],
+    rows: RunDataset,
     options: AdaptOptions,
     config: BlockDiffusionConfig,
     clock: RunClock,
     evaluation: Evaluation | None,
     callbacks: Sequence[TrainerCallback],
 ) -> BlockDiffusionTrainer:
-    per_update = options.batch_size * options.accumulation * arguments.world_size
-    order = run_order([len(row.input_ids) for row in rows], options.steps * per_update, per_update, options.seed)
     views = 2 if options.complementary else 1
     if evaluation is not None and options.eval_every:
         arguments.eval_strategy, arguments.eval_steps = IntervalStrategy.STEPS, options.eval_every
     trainer = BlockDiffusionTrainer(
         model=model,
         args=arguments,
-        train_dataset=RunDataset(rows, order),
+        train_dataset=rows,
         eval_dataset=None if evaluation is None else evaluation.rows,
         data_collator=_collator(config, options),
         callbacks=[clock, *callbacks, Watchdog()],
@@ -201,6 +196,8 @@ def _prepare(source: str | Path, options: AdaptOptions) -> tuple[Any, Checkpoint
         token_shift=options.token_shift,
         context_attention=attention,
     )
+    if options.lora_base == "nf4":
+        quantise_linears(checkpoint.model, torch.bfloat16 if options.dtype == "bfloat16" else torch.float32)
     model: Any = with_training_forward(checkpoint.model, attention)
     if options.gradient_checkpointing:
         recompute_layers(model)
@@ -209,25 +206,6 @@ def _prepare(source: str | Path, options: AdaptOptions) -> tuple[Any, Checkpoint
     if options.lora_rank:
         model = wrap_with_lora(model, checkpoint.config.mask_token_id, options, adapter)
     return model, checkpoint
-
-
-def _rows(samples: Sequence[Sample], config: BlockDiffusionConfig, options: AdaptOptions) -> list[Packed]:
-    trainable = [sample for sample in samples if any(sample.loss_mask)]
-    if not trainable:
-        raise FastDLLMError("no sample has a response token to learn from; check the data's assistant turns")
-    pad_id = config.mask_token_id or 0
-    groups = [trainable] if options.pack else [[sample] for sample in trainable]
-    return [
-        row
-        for group in groups
-        for row in pack(
-            group,
-            length=options.max_length,
-            block_size=config.block_size,
-            pad_id=pad_id,
-            pad_blocks=options.pad_to_block,
-        )
-    ]
 
 
 def _training_arguments(run: Path, options: AdaptOptions) -> TrainingArguments:
@@ -259,6 +237,15 @@ def _training_arguments(run: Path, options: AdaptOptions) -> TrainingArguments:
         # A loss that is no number is to end the run, not to be left out of the log.
         logging_nan_inf_filter=False,
     )
+
+
+def _read_up_to(place: int, rows: RunDataset, console: Console | None) -> None:
+    """Read data up to where the run goes on; what cannot be read is told before anything is measured."""
+    if place == len(rows):
+        return
+    told = "reading again what was trained on"
+    for earlier in track(range(place + 1), told, console=console, transient=True, disable=console is None or not place):
+        rows[earlier]
 
 
 def _reporters(options: AdaptOptions) -> list[str]:

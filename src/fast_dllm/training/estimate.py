@@ -23,6 +23,7 @@ from fast_dllm.errors import FastDLLMError
 from fast_dllm.objective import CHUNK
 from fast_dllm.training.attention import PIECE
 from fast_dllm.training.options import AdaptOptions
+from fast_dllm.training.quantised import BITS_PER_WEIGHT
 
 _FLOAT32, _BFLOAT16 = 4, 2
 _USABLE = 0.9
@@ -193,7 +194,8 @@ def _weights(shape: _Shape, options: AdaptOptions, devices: Devices) -> int:
     width = _width(options)
     if options.lora_rank:
         adapter = options.lora_rank * shape.lora_inputs * shape.layers + shape.hidden
-        return width * shape.all + _FLOAT32 * adapter
+        linear = shape.linear * shape.layers if options.lora_base == "nf4" else 0
+        return width * (shape.all - linear) + int(BITS_PER_WEIGHT / 8 * linear) + _FLOAT32 * adapter
     if devices.sharded:
         # Two layers are gathered at a time (the next one comes while one is computed), embedding and head stay.
         gathered = 2 * shape.linear + 2 * shape.vocabulary * shape.hidden

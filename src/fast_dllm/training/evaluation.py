@@ -89,9 +89,9 @@ class Evaluation:
         # Adapters of a bfloat16 base are float32: only autocast multiplies the two.
         mixed = base.dtype == torch.bfloat16
         with _evaluating(model), torch.autocast(base.device.type, torch.bfloat16, enabled=mixed):
-            result = generate_batch(
-                HFBackbone(base, config.context_attention), config, prompts, decoding, self.stop_token_ids
-            )
+            backbone = HFBackbone(base, config.context_attention)
+            backbone.draft_budget = None  # tokens per forward are to be those of a request that runs alone
+            result = generate_batch(backbone, config, prompts, decoding, self.stop_token_ids)
         measured = {"tokens_per_forward": round(result.total.tokens_per_forward, 3)}
         verdicts = [
             item.is_right(answer)

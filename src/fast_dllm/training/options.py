@@ -29,9 +29,12 @@ class AdaptOptions(_FromMapping):
         pad_to_block: pad each sample with mask tokens to whole blocks (off: samples straddle blocks).
         ar_weight: weight of the autoregressive loss on the clean stream; needs causal context attention. Such models
             verify their drafts against their autoregressive answers, which only this loss trains: give it 0.5, say.
+        stream: read the data while it is trained, and again for every epoch, instead of holding all of it.
+        shuffle_buffer: of a stream: documents that are held to choose the next one from; 0 keeps their order.
         pack: pack samples into rows of `max_length`, with per-document masks and restarted positions.
         lora_rank: rank of the LoRA adapter on all linear layers; 0 trains all weights.
         lora_alpha: scale of the adapter; None is twice the rank.
+        lora_base: of the layers under a LoRA adapter: "dense", or "nf4" for 4-bit weights (QLoRA; needs bitsandbytes).
         mask_token: a vocabulary entry to use as mask token; None finds or adds one.
         dtype: of the arithmetic: "bfloat16" (autocast), "float32", or "auto", the faster one of this machine.
         gradient_checkpointing: recompute whole layers in the backward; off, a full fine-tune recomputes what is cheap.
@@ -60,9 +63,12 @@ class AdaptOptions(_FromMapping):
     complementary: bool = True
     pad_to_block: bool = True
     ar_weight: float = 0.0
+    stream: bool = False
+    shuffle_buffer: int = 10_000
     pack: bool = False
     lora_rank: int = 32
     lora_alpha: int | None = None
+    lora_base: Literal["dense", "nf4"] = "dense"
     mask_token: str | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     gradient_checkpointing: bool = False
@@ -80,6 +86,7 @@ class AdaptOptions(_FromMapping):
             _require_int(name, getattr(self, name), 1)
         for name in ("warmup_steps", "lora_rank", "seed", "eval_samples", "eval_every", "probe_items"):
             _require_int(name, getattr(self, name), 0)
+        _require_int("shuffle_buffer", self.shuffle_buffer, 0)
         _require_number("learning_rate", self.learning_rate, 0.0, 1.0)
         _require_number("weight_decay", self.weight_decay, 0.0, 1.0)
         _require_number("ar_weight", self.ar_weight, 0.0, 100.0)
@@ -87,6 +94,8 @@ class AdaptOptions(_FromMapping):
         _require_choice("dtype", self.dtype, Literal["auto", "bfloat16", "float32"])
         _require_choice("schedule", self.schedule, Literal["linear", "constant"])
         _require_choice("report_to", self.report_to, Literal["none", "tensorboard", "wandb"])
+        _require_choice("lora_base", self.lora_base, Literal["dense", "nf4"])
+        _require(self.lora_base == "dense" or self.lora_rank > 0, "lora_base='nf4': 4-bit weights need a lora_rank")
         if self.max_minutes is not None:
             _require_number("max_minutes", self.max_minutes, 0.0, 1e6)
         if self.lora_alpha is not None:

@@ -49,7 +49,7 @@ class RunDirectory:
 
     def last_save(self) -> Path | None:
         """The newest save, if there is one."""
-        return max(self._saves(), key=_step, default=None)
+        return max(self._saves(), key=step_of, default=None)
 
     def _recorded(self) -> dict[str, Any] | None:
         try:
@@ -73,7 +73,8 @@ class RunDirectory:
         return list(self.path.glob("checkpoint-*"))
 
 
-def _step(save: Path) -> int:
+def step_of(save: Path) -> int:
+    """The step after which a save was made."""
     return int(save.name.rsplit("-", 1)[1])
 
 

@@ -1,9 +1,10 @@
 """Data order and noise as pure functions of (seed, place in the run), so that a resumed run repeats neither."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import count, islice
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,19 @@ from torch.utils.data import Dataset
 
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.data.packing import Packed, collate
+from fast_dllm.errors import FastDLLMError
 from fast_dllm.noise import draw_views
 from fast_dllm.objective import lay_out
 
 IGNORED = -100
 """Label that transformers.Trainer does not count."""
+
+WINDOW = 32
+"""Updates among which rows of like length are brought together."""
+
+NOTHING_TO_LEARN = "no sample has a response token to learn from; check the data's assistant turns"
+
+_Row = TypeVar("_Row")
 
 
 def noise_seed(seed: int, place: int) -> int:
@@ -24,51 +33,99 @@ def noise_seed(seed: int, place: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + place * 0xBF58476D1CE4E5B9 + 1) % 2**63
 
 
-def run_order(lengths: Sequence[int], total: int, batch: int, seed: int) -> list[int]:
-    """Which row is trained at which place of the run.
+def in_order(
+    epochs: Callable[[int, random.Random], Iterable[_Row]], length_of: Callable[[_Row], int], batch: int, seed: int
+) -> Iterator[_Row]:
+    """Rows in the order they are trained, without end.
 
-    Every epoch is a new shuffle; within a window of 32 updates rows of like length share an update, since a
-    forward is padded to its longest row, and the updates are shuffled again. How an update is cut into forwards
-    (accumulation, devices) does not change the order.
+    Within a window of 32 updates rows of like length share an update, since a forward is padded to its longest row,
+    and the updates are shuffled again. How an update is cut into forwards (accumulation, devices) does not change the
+    order. One window is held, and no row of the next one is asked for before the last of it is taken.
+
+    Args:
+        epochs: the rows of an epoch, counted from 0, in an order of its own, which it may draw from the generator.
+        length_of: tokens of a row.
+        batch: rows of one update, over all forwards and devices: the global batch.
+        seed: of the shuffles.
+
+    Raises:
+        FastDLLMError: for an epoch without a row.
+    """
+    for number in count():
+        rng = random.Random(f"{seed}-{number}")
+        is_empty = True
+        for rows in _updates(iter(epochs(number, rng)), length_of, batch, rng):
+            is_empty = False
+            yield from rows
+        if is_empty:
+            raise FastDLLMError(NOTHING_TO_LEARN)
+
+
+def shuffles(rows: Sequence[_Row]) -> Callable[[int, random.Random], list[_Row]]:
+    """Epochs, for `in_order`, of rows that are all there: each is a new shuffle."""
+    return lambda _, rng: rng.sample(rows, len(rows))
+
+
+def run_order(lengths: Sequence[int], total: int, batch: int, seed: int) -> list[int]:
+    """Which row is trained at which place of the run: `in_order` of rows that are all there.
 
     Args:
         lengths: tokens of each row.
         total: places to fill, `steps` times the global batch.
-        batch: rows of one update, over all forwards and devices: the global batch.
+        batch: the global batch.
         seed: of the shuffles.
 
     Returns:
         `total` indices into `lengths`.
     """
-    order: list[int] = []
-    epoch = 0
-    while len(order) < total:
-        rng = random.Random(f"{seed}-{epoch}")
-        indices = rng.sample(range(len(lengths)), len(lengths))
-        if len(indices) > batch:
+    return list(islice(in_order(shuffles(range(len(lengths))), lengths.__getitem__, batch, seed), total))
+
+
+def _updates(
+    rows: Iterator[_Row], length_of: Callable[[_Row], int], batch: int, rng: random.Random
+) -> Iterator[list[_Row]]:
+    """The rows of each update of an epoch. An epoch that is smaller than an update is one."""
+    is_first = True
+    while window := list(islice(rows, WINDOW * batch)):
+        if not is_first or len(window) > batch:
             # What does not fill a batch waits for the next epoch, or it would shift all batch borders after it.
-            indices = indices[: len(indices) // batch * batch]
-        for start in range(0, len(indices), 32 * batch):
-            window = sorted(indices[start : start + 32 * batch], key=lambda i: lengths[i])
-            batches = [window[i : i + batch] for i in range(0, len(window), batch)]
-            rng.shuffle(batches)
-            order += [i for rows in batches for i in rows]
-        epoch += 1
-    return order[:total]
+            del window[len(window) // batch * batch :]
+        is_first = False
+        window.sort(key=length_of)
+        updates = [window[i : i + batch] for i in range(0, len(window), batch)]
+        rng.shuffle(updates)
+        window.clear()  # what was trained is not to be held while the next window is read
+        while updates:
+            yield updates.pop(0)
 
 
 class RunDataset(Dataset[tuple[int, Packed]]):
-    """All rows of a run in the order they are trained; item i is (i, row)."""
+    """All rows of a run in the order they are trained; item i is (i, row).
 
-    def __init__(self, rows: Sequence[Packed], order: Sequence[int]) -> None:
-        self._rows = rows
-        self._order = order
+    A row is drawn when it is asked for, and not kept: to go on is cheap, to go back begins again.
+    """
+
+    def __init__(self, open_rows: Callable[[], Iterator[Packed]], total: int) -> None:
+        """Nothing is drawn yet.
+
+        Args:
+            open_rows: begins the run.
+            total: its places, `steps` times the global batch.
+        """
+        self._open, self._total = open_rows, total
+        self._rows, self._place = open_rows(), -1
+        self._row: Packed | None = None
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._total
 
     def __getitem__(self, place: int) -> tuple[int, Packed]:
-        return place, self._rows[self._order[place]]
+        if place < self._place:
+            self._rows, self._place = self._open(), -1
+        while self._place < place:
+            self._row = next(self._rows)
+            self._place += 1
+        return place, cast(Packed, self._row)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,104 @@
+"""Samples to the rows that are trained: all at once, or as they come."""
+
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from fast_dllm.config import BlockDiffusionConfig
+from fast_dllm.data.chat import Sample
+from fast_dllm.data.packing import Packed, first_fit, pack
+from fast_dllm.errors import FastDLLMError
+from fast_dllm.training.options import AdaptOptions
+from fast_dllm.training.schedule import NOTHING_TO_LEARN, WINDOW, in_order, shuffles
+
+Epochs = Callable[[int], Iterable[Sample]]
+"""The samples of an epoch, counted from 0, in the order they are to be read; every call reads them anew."""
+
+
+def open_run(
+    samples: Sequence[Sample] | Epochs, config: BlockDiffusionConfig, options: AdaptOptions, batch: int
+) -> Callable[[], Iterator[Packed]]:
+    """What begins a run: the rows in the order they are trained, without end.
+
+    Args:
+        samples: to train on. Of `Epochs` one window of rows is held, and with `options.pack` no more than that to be
+            packed together.
+        config: of the model being trained.
+        options: of the run.
+        batch: the global batch.
+
+    Raises:
+        FastDLLMError: when there is nothing to learn from; of `Epochs`, while they are read.
+    """
+    epochs = _epochs(samples, config, options, batch)
+    return lambda: in_order(epochs, _length, batch, options.seed)
+
+
+def _epochs(
+    samples: Sequence[Sample] | Epochs, config: BlockDiffusionConfig, options: AdaptOptions, batch: int
+) -> Callable[[int, random.Random], Iterable[Packed]]:
+    if not callable(samples):
+        return shuffles(rows_of(samples, config, options))
+    return lambda number, _: lay_rows(samples(number), config, options, window=WINDOW * batch)
+
+
+def rows_of(samples: Iterable[Sample], config: BlockDiffusionConfig, options: AdaptOptions) -> list[Packed]:
+    """All rows of some samples.
+
+    Raises:
+        FastDLLMError: when there is nothing to learn from.
+    """
+    rows = list(lay_rows(samples, config, options))
+    if not rows:
+        raise FastDLLMError(NOTHING_TO_LEARN)
+    return rows
+
+
+def lay_rows(
+    samples: Iterable[Sample], config: BlockDiffusionConfig, options: AdaptOptions, *, window: int = sys.maxsize
+) -> Iterator[Packed]:
+    """Lay samples into rows, each into one of its own, or packed.
+
+    Args:
+        samples: one without a response token is left out.
+        config: of the model being trained.
+        options: of the run.
+        window: rows whose samples are held to be packed together.
+    """
+    trainable = (sample for sample in samples if any(sample.loss_mask))
+    lots = _lots(trainable, options, window) if options.pack else ([sample] for sample in trainable)
+    for lot in lots:
+        yield from pack(
+            lot,
+            length=options.max_length,
+            block_size=config.block_size,
+            pad_id=config.mask_token_id or 0,
+            pad_blocks=options.pad_to_block,
+        )
+
+
+def _lots(samples: Iterator[Sample], options: AdaptOptions, window: int) -> Iterator[list[Sample]]:
+    """The samples of one row each, by first fit among as many as would fill a window; its full rows come at once."""
+    block = options.block_size if options.pad_to_block else 1
+
+    def size(sample: Sample) -> int:
+        return -(-len(sample.input_ids) // block) * block
+
+    held: list[Sample] = []
+    while True:
+        tokens = sum(map(size, held))
+        while tokens < window * options.max_length and (sample := next(samples, None)) is not None:
+            held.append(sample)
+            tokens += size(sample)
+        if not held:
+            return
+        fits = first_fit([size(sample) for sample in held], options.max_length)
+        lots = deque([held[index] for index in fit] for fit in fits[:window])
+        held = [held[index] for fit in fits[window:] for index in fit]  # with room left, for what comes next
+        while lots:
+            yield lots.popleft()
+
+
+def _length(row: Packed) -> int:
+    return len(row.input_ids)
