@@ -235,7 +235,7 @@ class BlockDiffusionLM:
         self, prompts: Sequence[Prompt], decoding: DecodingConfig | Sequence[DecodingConfig], *, max_batch: int
     ) -> TextStream:
         ids = [self._prompt_ids(prompt) for prompt in prompts]
-        settings = for_each(ids, decoding) if isinstance(decoding, DecodingConfig) else decoding
+        settings = for_each(ids, decoding)
         if self._text is None and any(one.stop_strings for one in settings):
             raise FastDLLMError("stop_strings need a tokenizer, and this checkpoint has none")
         requests = list(zip(ids, settings, strict=True))

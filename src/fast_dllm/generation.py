@@ -64,8 +64,17 @@ def decoding_from_call(
     return DecodingConfig.from_dict(settings, source="generate")
 
 
-def for_each(prompts: Sequence[object], decoding: DecodingConfig) -> list[DecodingConfig]:
-    """One setting for many prompts: prompt i draws from seed + i, or equal prompts would get equal samples."""
+def for_each(
+    prompts: Sequence[object], decoding: DecodingConfig | Sequence[DecodingConfig]
+) -> Sequence[DecodingConfig]:
+    """A setting for each prompt.
+
+    Args:
+        prompts: any number of them.
+        decoding: of each; or one of all, of which prompt i draws from seed + i: equal prompts would get equal samples.
+    """
+    if not isinstance(decoding, DecodingConfig):
+        return decoding
     return [replace(decoding, seed=decoding.seed + i) for i in range(len(prompts))]
 
 
@@ -149,8 +158,7 @@ def generate_batch(
     Raises:
         FastDLLMError: for no prompts, an empty one, or settings that do not fit the model.
     """
-    settings = for_each(prompts, decoding) if isinstance(decoding, DecodingConfig) else decoding
-    requests = list(zip(prompts, settings, strict=True))
+    requests = list(zip(prompts, for_each(prompts, decoding), strict=True))
     engine, submitted = make_engine(
         backbone,
         config,

@@ -60,7 +60,7 @@ def held_out_questions(tasks: Sequence[str], count: int) -> list[Item]:
 
     Args:
         tasks: names in `data.tasks.TASKS`.
-        count: how many, over all tasks; none of them was trained on by the model in the box.
+        count: how many, over all tasks; no recipe of this repository trains on any of them.
 
     Raises:
         FastDLLMError: for an unknown task, or more questions than there are.

@@ -42,7 +42,7 @@ def run_eval(
         model: what `BlockDiffusionLM.from_pretrained` takes.
         tasks: names in `data.tasks.TASKS`, of which only held-out questions are asked, and tasks of
             lm-evaluation-harness; None takes the procedural tasks of the model in the box.
-        count: procedural questions, over all tasks (None: 200; none that the model in the box was ever trained on), and
+        count: procedural questions, over all tasks (None: 200; none that a recipe of this repository trains on), and
             of each task of lm-evaluation-harness (None: all).
         thresholds: of block diffusion.
         baseline: a model whose AR answers are compared with; None compares with the model's own.

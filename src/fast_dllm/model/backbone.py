@@ -135,7 +135,8 @@ class ForwardBatch:
 
 
 DRAFTS_ON_CPU = 16
-"""`Backbone.draft_budget` of a CPU, measured on two cores with AVX-512; `fast-dllm bench --batch 1,4,8,16` shows it."""
+"""`Backbone.draft_budget` of a CPU: on two cores with AVX-512, the least at which one request still drafts whole
+sub-blocks, and many are not slower than one token at a time (docs/bench/batches.json)."""
 
 
 class Backbone(Protocol):
