@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
 from fast_dllm.decoding.reference import hf_logits, reference_generate
 from fast_dllm.generation import generate_batch
+from fast_dllm.model.backbone import ForwardBatch, RowSpan
 from fast_dllm.model.hf import HFBackbone
 from tiny import ARCHITECTURES, tiny_model
 
@@ -112,3 +113,14 @@ def cases(draw):
     architecture, config = draw(models())
     full = config.context_attention == "full"
     return Case(architecture, config, draw(prompts), draw(decodings(full=full)))
+
+
+def bytes_allocated(model, context):
+    """Bytes that a denoising forward over 8 positions allocates, all of them together."""
+    cache = model.new_cache(2, 2048)
+    row = RowSpan(1, context - 8, context, context, context - 8, 8)
+    batch = ForwardBatch.build([row], tokens(0, 8), range(8))
+    model.forward(batch, cache)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        model.forward(batch, cache)
+    return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())

@@ -7,7 +7,7 @@ mistake changes the tokens, and since float64 holds the integers exactly, nothin
 
 import torch
 
-from fast_dllm.cache import KVCache, LayerShape
+from fast_dllm.cache import LayerShape, SlabCache
 
 MODULUS = 7919
 
@@ -23,7 +23,7 @@ class DigestBackbone:
         self.fail = False
 
     def new_cache(self, slots, max_length):
-        return KVCache([LayerShape(1, 1, 1)], slots, max_length, dtype=torch.float64, device="cpu")
+        return SlabCache([LayerShape(1, 1, 1)], slots, max_length, dtype=torch.float64, device="cpu")
 
     def forward(self, batch, cache):
         if self.fail:

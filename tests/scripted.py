@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fast_dllm.cache import KVCache
+from fast_dllm.cache import SlabCache
 
 
 class ScriptedBackbone:
@@ -23,7 +23,7 @@ class ScriptedBackbone:
         self.batches = []
 
     def new_cache(self, slots, max_length):
-        return KVCache([], slots, max_length, dtype=torch.float64, device="cpu")
+        return SlabCache([], slots, max_length, dtype=torch.float64, device="cpu")
 
     def forward(self, batch, cache):
         call = len(self.batches)

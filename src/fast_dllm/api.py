@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
 from fast_dllm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
+from fast_dllm.config import BlockDiffusionConfig, CacheDtype, DecodingConfig
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.generation import GenerateResult, decoding_from_call, for_each, generate_batch, make_engine
 from fast_dllm.masks import dense_mask, sequence_tokens
@@ -23,7 +23,16 @@ from fast_dllm.model.weights import unknown_to_native
 from fast_dllm.streaming import Reply, TextEvent, TextStream
 from fast_dllm.text import ChatText
 
-__all__ = ["BlockDiffusionLM", "GenerateResult", "Messages", "Mode", "Prompt", "Reply", "TextEvent", "TextStream"]
+__all__ = [
+    "BlockDiffusionLM",
+    "GenerateResult",
+    "Messages",
+    "Mode",
+    "Prompt",
+    "Reply",
+    "TextEvent",
+    "TextStream",
+]
 
 Mode = Literal["diffusion", "ar"]
 BackboneName = Literal["auto", "native", "hf"]
@@ -63,6 +72,7 @@ class BlockDiffusionLM:
         base: str | Path | None = None,
         trust_remote_code: bool = False,
         compile: bool = False,
+        cache_dtype: CacheDtype | None = None,
     ) -> "BlockDiffusionLM":
         """Load a model.
 
@@ -82,6 +92,8 @@ class BlockDiffusionLM:
             trust_remote_code: run code from the checkpoint; off unless you trust it.
             compile: compile the native backbone's torch path; the first forwards take seconds each, and on a GPU later
                 ones replay CUDA graphs.
+            cache_dtype: "int8" keeps K/V in 8 bits (a scale per position and head), for long contexts on a CPU; needs
+                our own CPU kernels. None takes their bfloat16, or the model's dtype elsewhere.
 
         Raises:
             FastDLLMError: when the checkpoint is missing, broken or unknown.
@@ -100,7 +112,7 @@ class BlockDiffusionLM:
             trust_remote_code=trust_remote_code,
         )
         checkpoint.model.to(_default_device() if device is None else device)
-        return cls(checkpoint, make_backbone(checkpoint, backbone, int8=int8, compile=compile))
+        return cls(checkpoint, make_backbone(checkpoint, backbone, int8=int8, compile=compile, cache_dtype=cache_dtype))
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> CausalLMOutput:
@@ -268,7 +280,12 @@ def why_not_native(checkpoint: Checkpoint) -> str | None:
 
 
 def make_backbone(
-    checkpoint: Checkpoint, name: BackboneName = "auto", *, int8: bool = False, compile: bool = False
+    checkpoint: Checkpoint,
+    name: BackboneName = "auto",
+    *,
+    int8: bool = False,
+    compile: bool = False,
+    cache_dtype: CacheDtype | None = None,
 ) -> Backbone:
     """A backbone for a checkpoint.
 
@@ -277,17 +294,21 @@ def make_backbone(
         name: as for `BlockDiffusionLM.from_pretrained`.
         int8: quantise the linear layers.
         compile: compile the native backbone's torch path.
+        cache_dtype: as for `BlockDiffusionLM.from_pretrained`.
 
     Raises:
         FastDLLMError: when the native backbone is needed and does not know the model, or cannot be compiled here.
     """
     model, attention = checkpoint.model, checkpoint.config.context_attention
-    if (int8 or compile) and name == "hf":
-        needs = "dtype='int8'" if int8 else "compile=True"
+    asked = {"dtype='int8'": int8, "compile=True": compile, f"cache_dtype={cache_dtype!r}": cache_dtype is not None}
+    needs = next((option for option, given in asked.items() if given), None)
+    if needs is not None and name == "hf":
         raise FastDLLMError(f"{needs} needs the native backbone; leave out backbone='hf'")
-    if name == "native" or int8 or compile or (name == "auto" and why_not_native(checkpoint) is None):
+    if name == "native" or needs is not None or (name == "auto" and why_not_native(checkpoint) is None):
         precision: Precision = "int8" if int8 else "dense"
-        return NativeBackbone(model, attention, checkpoint.max_length, precision=precision, compile=compile)
+        return NativeBackbone(
+            model, attention, checkpoint.max_length, precision=precision, compile=compile, cache_dtype=cache_dtype
+        )
     return HFBackbone(model, attention, checkpoint.max_length)
 
 

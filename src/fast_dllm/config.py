@@ -15,6 +15,8 @@ Policy = Literal["threshold", "factor", "fixed", "sequential"]
 ConfidenceMeasure = Literal["probability", "margin", "entropy"]
 SubBlockCache = Literal["none", "dual", "prefix"]
 CacheRefresh = Literal["published", "sub-block", "block"]
+CacheDtype = Literal["bfloat16", "int8"]
+"""Of K/V in our own CPU kernels."""
 
 
 class _FromMapping:

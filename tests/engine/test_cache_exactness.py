@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from decoding_cases import confident_model, tokens
-from fast_dllm.cache import KVCache, LayerShape
+from fast_dllm.cache import LayerShape, SlabCache
 from fast_dllm.masks import dense_mask, sequence_tokens
 from fast_dllm.model.backbone import ForwardBatch, RowSpan
 from fast_dllm.model.forward import head_logits, hidden_states
@@ -95,14 +95,14 @@ def test_what_a_slot_held_before_is_unreachable():
 
 
 def test_slots_side_by_side_are_read_without_a_copy():
-    cache = KVCache([LayerShape(2, 4, 4)], 4, 8, dtype=torch.float32, device="cpu")
+    cache = SlabCache([LayerShape(2, 4, 4)], 4, 8, dtype=torch.float32, device="cpu")
     keys, values = cache.read(0, slice(1, 3), 5)
     assert keys.shape == values.shape == (2, 2, 5, 4)
     assert keys.untyped_storage().data_ptr() == cache.keys[0].untyped_storage().data_ptr()
 
 
 def test_write_touches_only_its_rows_and_positions():
-    cache = KVCache([LayerShape(1, 2, 3)], 3, 6, dtype=torch.float32, device="cpu")
+    cache = SlabCache([LayerShape(1, 2, 3)], 3, 6, dtype=torch.float32, device="cpu")
     keys, values = torch.ones(4, 1, 2), torch.ones(4, 1, 3)
     cache.write(0, torch.tensor([0, 0, 2, 2]), torch.tensor([1, 2, 4, 5]), keys, values)
     touched = cache.keys[0][:, 0, :, 0].nonzero().tolist()
@@ -111,7 +111,7 @@ def test_write_touches_only_its_rows_and_positions():
 
 
 def test_lowest_free_slot_is_taken_first():
-    cache = KVCache([], 3, 8, dtype=torch.float32, device="cpu")
+    cache = SlabCache([], 3, 8, dtype=torch.float32, device="cpu")
     assert [cache.allocate() for _ in range(3)] == [0, 1, 2]
     cache.free(2)
     cache.free(0)

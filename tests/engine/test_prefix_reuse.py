@@ -5,7 +5,7 @@ import torch
 
 from decoding_cases import MASK, backbone, tokens
 from digest import DigestBackbone
-from fast_dllm.cache import KVCache, LayerShape
+from fast_dllm.cache import LayerShape, SlabCache
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
 from fast_dllm.engine.engine import Engine
 from fast_dllm.generation import generate_batch
@@ -207,7 +207,7 @@ def test_index_forgets_what_is_overwritten():
 
 
 def test_copy_takes_the_beginning_of_one_slot_to_another():
-    cache = KVCache([LayerShape(2, 3, 4), LayerShape(1, 2, 2)], 3, 6, dtype=torch.float64, device="cpu")
+    cache = SlabCache([LayerShape(2, 3, 4), LayerShape(1, 2, 2)], 3, 6, dtype=torch.float64, device="cpu")
     for slab in (*cache.keys, *cache.values):
         slab.normal_()
     before = [slab.clone() for slab in (*cache.keys, *cache.values)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from decoding_cases import confident_model, tokens
+from decoding_cases import bytes_allocated, confident_model, tokens
 from fast_dllm.api import BlockDiffusionLM, make_backbone
 from fast_dllm.checkpoint.checkpoint import Checkpoint
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
@@ -105,17 +105,8 @@ def test_padding_writes_to_no_row():
 def test_a_forward_copies_no_slab():
     _, compiled = backbones("llama")
 
-    def bytes_allocated(context):
-        slab = compiled.new_cache(2, 2048)
-        row = RowSpan(1, context - 8, context, context, context - 8, 8)
-        batch = ForwardBatch.build([row], tokens(0, 8), range(8))
-        compiled.forward(batch, slab)
-        with torch.profiler.profile(profile_memory=True) as profile:
-            compiled.forward(batch, slab)
-        return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
-
     slab_bytes = compiled.new_cache(2, 2048).flat_keys[0].nbytes
-    assert bytes_allocated(512) == bytes_allocated(2048) < slab_bytes / 8
+    assert bytes_allocated(compiled, 512) == bytes_allocated(compiled, 2048) < slab_bytes / 8
 
 
 @needs_compiler

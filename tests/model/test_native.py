@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from decoding_cases import backbone, cases, confident_model, tokens
+from decoding_cases import backbone, bytes_allocated, cases, confident_model, tokens
 from fast_dllm.api import make_backbone
 from fast_dllm.checkpoint.checkpoint import Checkpoint
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
@@ -88,17 +88,6 @@ def test_a_ragged_batch_gives_what_each_row_gives_alone(architecture):
         for prompt, own in zip(prompts, decoding, strict=True)
     ]
     assert together.answers == alone
-
-
-def bytes_allocated(model, context):
-    """Bytes that a denoising forward over 8 positions allocates, all of them together."""
-    cache = model.new_cache(2, 2048)
-    row = RowSpan(1, context - 8, context, context, context - 8, 8)
-    batch = ForwardBatch.build([row], tokens(0, 8), range(8))
-    model.forward(batch, cache)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        model.forward(batch, cache)
-    return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
 
 
 @pytest.mark.parametrize("precision", ["dense", "int8"])

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fast_dllm.config import DecodingConfig
+from fast_dllm.config import CacheDtype, DecodingConfig
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS
 from fast_dllm.errors import FastDLLMError
 
@@ -110,6 +110,7 @@ class BenchOptions:
         usual_way: of block diffusion, measure only the model's default way, not every cache and refresh rule.
         resume: keep what `out`/bench.json has of a run like this one, and measure the rest.
         dtypes: names in `DTYPES`.
+        cache_dtype: of K/V, "bfloat16" or "int8"; None takes each model's own.
         threads: CPU threads of every contestant; None takes torch's number.
         items: questions to ask, from 1 to 199.
         batches: prompts decoded at once.
@@ -125,6 +126,7 @@ class BenchOptions:
     usual_way: bool = False
     resume: bool = False
     dtypes: Sequence[str] = ()
+    cache_dtype: CacheDtype | None = None
     threads: int | None = None
     items: int | None = None
     batches: Sequence[int] = ()

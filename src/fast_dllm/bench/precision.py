@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fast_dllm.api import BlockDiffusionLM
+from fast_dllm.api import BlockDiffusionLM, make_backbone
 from fast_dllm.bench.bench import Bench
 from fast_dllm.bench.setting import Setting, settings_for
 from fast_dllm.bench.throughput import ask
+from fast_dllm.model.kernels import why_no_kernels
 from fast_dllm.model.native import NativeBackbone
 
 _REFERENCE = "float32"
@@ -38,7 +39,8 @@ def measure_precision(bench: Bench) -> None:
     Args:
         bench: gets `precision`: records whose value is the share of right answers, with `standard_error`,
             `same_tokens` and `same_answers` (see `Agreement`), and `same_in_batch`: the share of questions whose
-            tokens in a batch are those alone. bfloat16 is measured on torch's kernels beside our own.
+            tokens in a batch are those alone. bfloat16 is measured on torch's kernels beside our own, and our own
+            also with the K/V cache in int8 (`cache_dtype`).
     """
     for way in settings_for(_reference(bench), [bench.plan.usual_threshold], every_way=False):
         reference: Answers | None = None
@@ -58,20 +60,21 @@ def _reference(bench: Bench) -> BlockDiffusionLM:
 
 
 def _contestants(bench: Bench) -> Iterator[tuple[str, BlockDiffusionLM]]:
-    """(dtype, model), the reference first; a model that runs in our own kernels also in torch's, if those are exact."""
+    """(dtype, model), the reference first; a model in our own kernels also with other caches and kernels."""
     yield _REFERENCE, _reference(bench)
     for dtype, lm in bench.models.items():
         if dtype == _REFERENCE:
             continue
         yield dtype, lm
-        if dtype == "bfloat16" and isinstance(lm.backbone, NativeBackbone) and lm.backbone.kernels.startswith("own"):
-            attention, longest = lm.config.context_attention, lm.backbone.max_length
-            yield (
-                dtype,
-                BlockDiffusionLM(
-                    lm.checkpoint, NativeBackbone(lm.checkpoint.model, attention, longest, kernels="torch")
-                ),
-            )
+        if not isinstance(lm.backbone, NativeBackbone) or not lm.backbone.kernels.startswith("own"):
+            continue
+        if lm.backbone.cache_dtype != "int8" and why_no_kernels("int8") is None:
+            backbone = make_backbone(lm.checkpoint, int8=dtype == "int8", cache_dtype="int8")
+            yield dtype, BlockDiffusionLM(lm.checkpoint, backbone)
+        if dtype == "bfloat16":
+            model, attention = lm.checkpoint.model, lm.config.context_attention
+            torch_kernels = NativeBackbone(model, attention, lm.backbone.max_length, kernels="torch")
+            yield dtype, BlockDiffusionLM(lm.checkpoint, torch_kernels)
 
 
 def _answers(bench: Bench, lm: BlockDiffusionLM, way: Setting, batch: int) -> Answers:
@@ -95,6 +98,7 @@ def _note(bench: Bench, dtype: str, lm: BlockDiffusionLM, way: Setting, alone: A
         standard_error=math.sqrt(right * (1 - right) / count),
         items=count,
         kernels=getattr(lm.backbone, "kernels", type(lm.backbone).__name__),
+        cache_dtype=getattr(lm.backbone, "cache_dtype", None),
         same_tokens=agreement.same_tokens,
         same_answers=agreement.same_answers,
         same_in_batch=agree(_answers(bench, lm, way, _BATCH), alone).same_answers,

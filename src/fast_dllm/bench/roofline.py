@@ -52,14 +52,13 @@ def costs_of(model: Any, cache: KVCache, dtype: str) -> Costs:
     tied = embedding.data_ptr() == head.data_ptr() and embedding.device.type != "meta"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     outside = embedding.numel() + (0 if tied else head.numel())
-    tensors = [*cache.keys, *cache.values]
     query_heads = model.config.get_text_config().num_attention_heads
-    widths = sum(tensor.shape[-1] for tensor in tensors)
+    widths = sum(layer.key_width + layer.value_width for layer in cache.layers)
     return Costs(
         body=parameters - outside,
         head=head.numel(),
         weight_bytes=_INT8_BYTES if dtype == "int8" else torch.empty(0, dtype=getattr(torch, dtype)).element_size(),
-        kv_bytes=sum(tensor.shape[1] * tensor.shape[-1] * tensor.element_size() for tensor in tensors),
+        kv_bytes=cache.bytes_per_token,
         # Scores cost 2 per width of a key, the weighted sum 2 per width of a value.
         attention_flops=2 * query_heads * widths,
     )

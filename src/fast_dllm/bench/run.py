@@ -72,7 +72,7 @@ def _prepare(options: BenchOptions, screen: Console) -> Bench:
     _open(options.out)
     plan, findings = options.plan(), Findings()
     with busy(screen, f"Loading {options.model}"):
-        models = _load(options.model, plan.dtypes, findings)
+        models = _load(options, plan.dtypes, findings)
     with busy(screen, "Measuring the machine"):
         peaks = measure_peaks(models)
     questions = ask_about(next(iter(models.values())).tokenizer, plan.items, seed=options.seed)
@@ -87,12 +87,14 @@ def _open(out: Path) -> None:
         raise FastDLLMError(f"{out}: cannot be written ({error.strerror}); choose another place") from error
 
 
-def _load(model: str, dtypes: Sequence[str], findings: Findings) -> dict[str, BlockDiffusionLM]:
+def _load(options: BenchOptions, dtypes: Sequence[str], findings: Findings) -> dict[str, BlockDiffusionLM]:
     models: dict[str, BlockDiffusionLM] = {}
     last: FastDLLMError | None = None
     for dtype in dtypes:
         try:
-            models[dtype] = BlockDiffusionLM.from_pretrained(model, dtype=dtype)
+            models[dtype] = BlockDiffusionLM.from_pretrained(
+                options.model, dtype=dtype, cache_dtype=options.cache_dtype
+            )
         except FastDLLMError as error:
             last = error
             findings.skip(f"dtype {dtype}", error)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fast_dllm.cli.options import ModelArgument, listed
+from fast_dllm.cli.options import CacheDtypeOption, ModelArgument, listed
 
 
 def bench(
@@ -33,6 +33,7 @@ def bench(
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="NAMES", help="Of float32,bfloat16,float16,int8.")
     ] = None,
+    cache_dtype: CacheDtypeOption = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads of every contestant.")] = None,
     items: Annotated[int | None, typer.Option("--items", help="Held-out questions to ask.")] = None,
     batch: Annotated[
@@ -61,6 +62,7 @@ def bench(
         usual_way=usual_way,
         resume=resume,
         dtypes=listed("dtype", dtype, str),
+        cache_dtype=cache_dtype,
         threads=threads,
         items=items,
         batches=listed("batch", batch, int),

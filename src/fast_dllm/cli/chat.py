@@ -10,6 +10,7 @@ import typer
 
 from fast_dllm.cli.options import (
     BaseOption,
+    CacheDtypeOption,
     CompileOption,
     DtypeOption,
     MaskOption,
@@ -37,6 +38,7 @@ def chat(
     mode: ModeOption = "diffusion",
     stop: StopOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     compile: CompileOption = False,
     mask_token_id: MaskOption = None,
     base: BaseOption = None,
@@ -52,7 +54,12 @@ def chat(
         from fast_dllm.api import BlockDiffusionLM
 
         lm = BlockDiffusionLM.from_pretrained(
-            model, dtype=dtype, mask_token_id=mask_token_id, base=base, compile=compile
+            model,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            mask_token_id=mask_token_id,
+            base=base,
+            compile=compile,
         )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fast_dllm.cli.options import DtypeOption, ModelArgument, listed
+from fast_dllm.cli.options import CacheDtypeOption, DtypeOption, ModelArgument, listed
 from fast_dllm.cli.recipe import split_tasks
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.files import whole_file
@@ -58,6 +58,7 @@ def evaluate(
         ),
     ] = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions answered at once.")] = 16,
     max_new_tokens: Annotated[
         int | None,
@@ -90,6 +91,7 @@ def evaluate(
         thresholds=thresholds,
         baseline=against,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         max_batch=batch_size,
         max_new_tokens=max_new_tokens,
         few_shot=few_shot,

@@ -11,6 +11,7 @@ import typer
 
 from fast_dllm.cli.options import (
     BaseOption,
+    CacheDtypeOption,
     CompileOption,
     DtypeOption,
     MaskOption,
@@ -57,6 +58,7 @@ def generate(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts decoded at once.")] = 8,
     stop: StopOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     compile: CompileOption = False,
     mask_token_id: MaskOption = None,
     base: BaseOption = None,
@@ -73,7 +75,12 @@ def generate(
             from fast_dllm.api import BlockDiffusionLM
 
             lm = BlockDiffusionLM.from_pretrained(
-                model, dtype=dtype, mask_token_id=mask_token_id, base=base, compile=compile
+                model,
+                dtype=dtype,
+                cache_dtype=cache_dtype,
+                mask_token_id=mask_token_id,
+                base=base,
+                compile=compile,
             )
         answers = lm.answers([row.messages for row in prompts], decoding, max_batch=batch_size)
         if prompt is not None and out is None and not as_json and sys.stdout.isatty():

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
-from fast_dllm.config import DecodingConfig
+from fast_dllm.config import CacheDtype, DecodingConfig
 from fast_dllm.errors import FastDLLMError
 
 Mode = Literal["diffusion", "ar"]
@@ -29,6 +29,10 @@ StopOption = Annotated[
 ]
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16, float16 or int8; the stored one by default.")
+]
+CacheDtypeOption = Annotated[
+    CacheDtype | None,
+    typer.Option("--cache-dtype", help="Of K/V: bfloat16 or int8 (long contexts); needs our own CPU kernels."),
 ]
 CompileOption = Annotated[
     bool, typer.Option("--compile", help="Compile the torch path: seconds at first, CUDA graphs on a GPU.")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.config import DecodingConfig
+from fast_dllm.config import CacheDtype, DecodingConfig
 from fast_dllm.data.tasks import TASKS
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.evaluation.benchmark import Benchmark, evaluate
@@ -30,6 +30,7 @@ def run_eval(
     thresholds: Sequence[float] = (0.9,),
     baseline: str | Path | None = None,
     dtype: str | None = None,
+    cache_dtype: CacheDtype | None = None,
     max_batch: int = 16,
     max_new_tokens: int | None = None,
     few_shot: int | None = None,
@@ -47,6 +48,7 @@ def run_eval(
         thresholds: of block diffusion.
         baseline: a model whose AR answers are compared with; None compares with the model's own.
         dtype: as for `from_pretrained`.
+        cache_dtype: as for `from_pretrained`.
         max_batch: questions answered at once.
         max_new_tokens: limit of an answer; None takes 128 for procedural questions, and each other task's own.
         few_shot: see `harness_tasks.load_benchmarks`.
@@ -70,11 +72,11 @@ def run_eval(
         max_new_tokens=max_new_tokens,
     )
     benchmarks = [*_procedural(names, count, max_new_tokens), *others]
-    lm = _load(model, dtype)
+    lm = _load(model, dtype, cache_dtype)
     ways = _ways(lm, benchmarks, thresholds)
     contestants = [(lm, ways)]
     if baseline is not None:
-        contestants.insert(0, (_load(baseline, dtype), {f"AR of {baseline}": ways[AUTOREGRESSIVE]}))
+        contestants.insert(0, (_load(baseline, dtype, cache_dtype), {f"AR of {baseline}": ways[AUTOREGRESSIVE]}))
     outcomes = _ask(contestants, benchmarks, max_batch, console)
     reference = outcomes[AUTOREGRESSIVE if baseline is None else f"AR of {baseline}"]
     report = to_report(
@@ -119,8 +121,8 @@ def _procedural(names: Sequence[str], count: int | None, max_new_tokens: int | N
     return [ProceduralBenchmark(items, MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens)]
 
 
-def _load(model: str | Path, dtype: str | None) -> BlockDiffusionLM:
-    lm = BlockDiffusionLM.from_pretrained(model, dtype=dtype)
+def _load(model: str | Path, dtype: str | None, cache_dtype: CacheDtype | None) -> BlockDiffusionLM:
+    lm = BlockDiffusionLM.from_pretrained(model, dtype=dtype, cache_dtype=cache_dtype)
     if lm.tokenizer is None:
         raise FastDLLMError(f"{model}: this checkpoint has no tokenizer, and questions are text")
     lm.backbone.draft_budget = None  # tokens per forward are to be those of a request that runs alone

@@ -5,7 +5,7 @@ Shape legend: R rows, T positions of all rows together, N logits wanted.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -159,8 +159,8 @@ class Backbone(Protocol):
         """Allocate a slab for this model."""
         ...
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """Run the rows, write their K/V, and return the wanted logits.
+    def forward(self, batch: ForwardBatch, cache: Any) -> Tensor:
+        """Run the rows, write their K/V to a cache that `new_cache` made, and return the wanted logits.
 
         Returns:
             float32 (or wider) [N, vocabulary].

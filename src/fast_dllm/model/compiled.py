@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from fast_dllm.cache import KVCache, LayerShape
+from fast_dllm.cache import LayerShape, SlabCache
 from fast_dllm.config import ContextAttention
 from fast_dllm.model.backbone import ForwardBatch
 from fast_dllm.model.linear import DenseLinear, Precision
@@ -63,7 +63,7 @@ class _Plan:
     """A forward: [T] of everything, tiles for the whole bucket."""
 
     batch: ForwardBatch
-    cache: KVCache
+    cache: SlabCache
     cos: Tensor
     sin: Tensor
     places: Tensor
@@ -85,13 +85,13 @@ class CompiledOps(TorchSteps):
         """
         super().__init__(shape, attention)
         self._compiled: Callable[..., None] = torch.compile(self._layer, fullgraph=True, dynamic=False)
-        self._buckets: WeakKeyDictionary[KVCache, dict[int, _Bucket]] = WeakKeyDictionary()
+        self._buckets: WeakKeyDictionary[SlabCache, dict[int, _Bucket]] = WeakKeyDictionary()
 
     def make_linear(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
         """A layer from weights [O, I] and bias [O]; the compiler cannot look into packed ones."""
         return DenseLinear(weight, bias)
 
-    def plan(self, batch: ForwardBatch, cache: KVCache, cos: Tensor, sin: Tensor) -> _Plan:
+    def plan(self, batch: ForwardBatch, cache: SlabCache, cos: Tensor, sin: Tensor) -> _Plan:
         """Prepare a forward; `cos` and `sin` are [positions, E / 2]."""
         cos, sin = cos[batch.positions, None], sin[batch.positions, None]
         ends = [row.visible_ends(self._attention) for row in batch.rows]
@@ -121,7 +121,7 @@ class CompiledOps(TorchSteps):
             buckets[size].run(partial(self._all_layers, layers, plan.cache, inputs))
         return inputs.hidden[plan.batch.read]
 
-    def _all_layers(self, layers: Sequence[LayerWeights], cache: KVCache, inputs: _Inputs) -> None:
+    def _all_layers(self, layers: Sequence[LayerWeights], cache: SlabCache, inputs: _Inputs) -> None:
         # One layer is compiled, not all of them: they differ in nothing but their tensors.
         for layer, keys, values in zip(layers, cache.flat_keys, cache.flat_values, strict=True):
             self._compiled(layer, keys, values, inputs)
@@ -226,13 +226,13 @@ def bucket_size(positions: int) -> int:
 
 def new_tiled_cache(
     layers: list[LayerShape], slots: int, max_length: int, *, dtype: torch.dtype, device: torch.device
-) -> KVCache:
+) -> SlabCache:
     """A slab for compiled forwards.
 
     Slots are whole tiles, so that a row's sums do not depend on its slot; the padding's place is a tile behind them.
     A slab of another size is no reason to compile again.
     """
-    cache = KVCache(layers, slots, -(-max_length // _TILE) * _TILE, dtype=dtype, device=device, spare=_TILE)
+    cache = SlabCache(layers, slots, -(-max_length // _TILE) * _TILE, dtype=dtype, device=device, spare=_TILE)
     for slab in (*cache.flat_keys, *cache.flat_values):
         torch._dynamo.maybe_mark_dynamic(slab, 2)
     return cache
@@ -262,7 +262,7 @@ def _why_no_cpp() -> str | None:
     return None
 
 
-def _tiles_of_keys(batch: ForwardBatch, ends: list[list[int]], cache: KVCache) -> tuple[Tensor, Tensor]:
+def _tiles_of_keys(batch: ForwardBatch, ends: list[list[int]], cache: SlabCache) -> tuple[Tensor, Tensor]:
     """Which tiles of keys each tile of positions looks at: int32 [1, 1, C] and [1, 1, C, N] (see `_Inputs`)."""
     size = bucket_size(len(batch.input_ids))
     last = cache.slots * cache.max_length // _TILE

@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from fast_dllm.cache import KVCache
 from fast_dllm.config import ContextAttention
 from fast_dllm.model.backbone import ForwardBatch
+from fast_dllm.model.cpu_cache import CpuCache
 from fast_dllm.model.kernels import WeightMemory, load_kernels, why_no_kernels
 from fast_dllm.model.weights import LayerWeights, Shape
 
@@ -80,8 +80,13 @@ class _Batch(ctypes.Structure):
     )
 
 
-class _Slab(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("slot", ctypes.c_int64), ("head", ctypes.c_int64))
+class _Cache(ctypes.Structure):
+    _fields_ = (
+        ("int8", ctypes.c_int32),
+        ("slot", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("layers", ctypes.POINTER(ctypes.c_void_p)),
+    )
 
 
 class KernelLinear:
@@ -122,7 +127,7 @@ class _Plan:
     """What a forward passes to the kernels; `kept` owns what the structure points to."""
 
     batch: _Batch
-    slabs: Any
+    cache: _Cache
     kept: tuple[Any, ...]
 
 
@@ -153,13 +158,13 @@ class CpuOps:
         self._run_layers.argtypes = [pointer] * 5 + [integer]
         self._run_linear.argtypes = [pointer, integer, pointer, ctypes.c_float, integer, pointer, pointer, integer]
         self._model: tuple[Sequence[LayerWeights], _Model] | None = None
-        self._slabs: WeakKeyDictionary[KVCache, Any] = WeakKeyDictionary()
+        self._caches: WeakKeyDictionary[CpuCache, _Cache] = WeakKeyDictionary()
 
     def make_linear(self, weight: Tensor, bias: Tensor | None) -> KernelLinear:
         """A layer from weights [O, I] and bias [O]."""
         return KernelLinear(weight, bias, self._memory, int8=self._int8)
 
-    def plan(self, batch: ForwardBatch, cache: KVCache, cos: Tensor, sin: Tensor) -> _Plan:
+    def plan(self, batch: ForwardBatch, cache: CpuCache, cos: Tensor, sin: Tensor) -> _Plan:
         """Prepare a forward; `cos` and `sin` are float32 [positions, E / 2]."""
         starts, ends = [0], []
         for row in batch.rows:
@@ -168,7 +173,7 @@ class CpuOps:
         row_starts, key_ends = torch.tensor(starts, dtype=torch.int32), torch.tensor(ends, dtype=torch.int32)
         tensors = (row_starts, key_ends, batch.slots, batch.positions, batch.read, cos, sin)
         structure = _Batch(len(batch.rows), len(ends), len(batch.read), *map(_pointer, tensors))
-        return _Plan(structure, self._slabs_of(cache), tensors)
+        return _Plan(structure, self._cache_of(cache), tensors)
 
     def layers(self, layers: Sequence[LayerWeights], hidden: Tensor, plan: _Plan) -> Tensor:
         """All layers, over the embedded positions [T, H], which are overwritten; what comes out at `read`: [N, H]."""
@@ -176,7 +181,7 @@ class CpuOps:
         self._run_layers(
             ctypes.byref(self._model_of(layers)),
             ctypes.byref(plan.batch),
-            plan.slabs,
+            ctypes.byref(plan.cache),
             hidden.data_ptr(),
             output.data_ptr(),
             torch.get_num_threads(),
@@ -215,16 +220,14 @@ class CpuOps:
             self._model = layers, model
         return self._model[1]
 
-    def _slabs_of(self, cache: KVCache) -> Any:
-        """Keys and values of every layer, in turns."""
-        slabs = self._slabs.get(cache)
-        if slabs is None:
-            tensors = [slab for pair in zip(cache.keys, cache.values, strict=True) for slab in pair]
-            slabs = (_Slab * len(tensors))(
-                *(_Slab(slab.data_ptr(), slab.stride(0), slab.stride(1)) for slab in tensors)
-            )
-            self._slabs[cache] = slabs
-        return slabs
+    def _cache_of(self, cache: CpuCache) -> _Cache:
+        """A cache as the kernels see it, made once."""
+        structure = self._caches.get(cache)
+        if structure is None:
+            layers = (ctypes.c_void_p * len(cache.data))(*(layer.data_ptr() for layer in cache.data))
+            structure = _Cache(cache.int8, cache.data.stride(1), cache.data.stride(2), layers)
+            self._caches[cache] = structure
+        return structure
 
 
 @contextmanager

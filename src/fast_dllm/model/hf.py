@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from fast_dllm.cache import KVCache, LayerShape
+from fast_dllm.cache import LayerShape, SlabCache
 from fast_dllm.config import ContextAttention
 from fast_dllm.model.backbone import DRAFTS_ON_CPU, ForwardBatch, RowSpan
 from fast_dllm.model.forward import head_logits, hidden_states
@@ -16,7 +16,7 @@ from fast_dllm.model.forward import head_logits, hidden_states
 class _SlabCache(Cache):  # type: ignore[misc]
     """Rows of one length, in the shape of a transformers cache."""
 
-    def __init__(self, cache: KVCache, slots: Tensor, positions: Tensor, rows: Sequence[RowSpan]) -> None:
+    def __init__(self, cache: SlabCache, slots: Tensor, positions: Tensor, rows: Sequence[RowSpan]) -> None:
         super().__init__(layers=[])
         self._cache = cache
         self._slots = slots
@@ -88,12 +88,12 @@ class HFBackbone:
         hidden_states(self.model, zero, zero, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device), probe)
         return [probe.shapes[layer] for layer in sorted(probe.shapes)]
 
-    def new_cache(self, slots: int, max_length: int) -> KVCache:
+    def new_cache(self, slots: int, max_length: int) -> SlabCache:
         """Allocate a slab: [slots, kv_heads, max_length, head_dim] per layer."""
-        return KVCache(self._layers, slots, max_length, dtype=self.model.dtype, device=self.device)
+        return SlabCache(self._layers, slots, max_length, dtype=self.model.dtype, device=self.device)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+    def forward(self, batch: ForwardBatch, cache: SlabCache) -> Tensor:
         """Run the rows (see `Backbone.forward`).
 
         Returns:
@@ -104,7 +104,7 @@ class HFBackbone:
         logits = head_logits(self.model, hidden[batch.read])
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def _rows_of_one_length(self, batch: ForwardBatch, first: int, last: int, offset: int, cache: KVCache) -> Tensor:
+    def _rows_of_one_length(self, batch: ForwardBatch, first: int, last: int, offset: int, cache: SlabCache) -> Tensor:
         """Hidden states of rows [first, last), laid end to end."""
         rows = batch.rows[first:last]
         here = slice(offset, offset + len(rows) * rows[0].length)

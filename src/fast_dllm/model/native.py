@@ -5,17 +5,18 @@ through the linear layers together; only attention looks at rows. How a step is 
 torch, or our own CPU kernels.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fast_dllm.cache import KVCache, LayerShape
-from fast_dllm.config import ContextAttention
+from fast_dllm.cache import KVCache, LayerShape, SlabCache
+from fast_dllm.config import CacheDtype, ContextAttention
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.model.backbone import DRAFTS_ON_CPU, ForwardBatch
 from fast_dllm.model.compiled import CompiledOps, new_tiled_cache, why_not_compiled
+from fast_dllm.model.cpu_cache import CpuCache
 from fast_dllm.model.cpu_ops import HEAD_DIMS, CpuOps
 from fast_dllm.model.kernels import why_no_kernels
 from fast_dllm.model.linear import Precision
@@ -35,6 +36,7 @@ class NativeBackbone:
         attention: context attention of the checkpoint.
         max_length: longest sequence, in tokens.
         kernels: what computes it, in a few words.
+        cache_dtype: of K/V in our own kernels; None where torch computes, in the dtype of the model.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class NativeBackbone:
         precision: Precision = "dense",
         kernels: Kernels = "auto",
         compile: bool = False,
+        cache_dtype: CacheDtype | None = None,
     ) -> None:
         """Take a model's weights.
 
@@ -56,9 +59,11 @@ class NativeBackbone:
             precision: "int8" quantises the linear layers; "dense" keeps the model's dtype.
             kernels: "own" takes our CPU kernels (int8 and bfloat16), "torch" torch's; "auto" our own where they run.
             compile: compile torch's steps (`compiled.py`) instead; on a GPU they replay CUDA graphs.
+            cache_dtype: of K/V, in our own kernels only; None takes bfloat16 there.
 
         Raises:
-            FastDLLMError: for a model that it does not know, or when the precision has no kernel on its device.
+            FastDLLMError: for a model that it does not know, or when the precision or the cache's dtype has no kernel
+                on its device.
         """
         if (why := unknown_to_native(model)) is not None:
             raise FastDLLMError(f"the native backbone cannot run this model: {why}; use backbone='hf'")
@@ -73,6 +78,7 @@ class NativeBackbone:
         if kernels == "own" and why_not is not None:
             raise FastDLLMError(f"our CPU kernels cannot run this model: {why_not}; use kernels='torch'")
         own = kernels != "torch" and why_not is None
+        self.cache_dtype = _checked_cache_dtype(cache_dtype, None if own else why_not or "torch computes, as asked")
         if own or precision == "int8":
             shape = read_shape(model, torch.float32)
         self.kernels = "own CPU kernels" if own else f"torch ({why_not or 'as asked'})"
@@ -95,11 +101,14 @@ class NativeBackbone:
         return self._weights.embedding.device
 
     def new_cache(self, slots: int, max_length: int) -> KVCache:
-        """Allocate a slab: [slots, kv_heads, max_length, head_dim] per layer."""
+        """Allocate memory for K/V, laid out as what computes here wants it."""
         shape = self.shape
-        layers = [LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
-        new = new_tiled_cache if isinstance(self._ops, CompiledOps) else KVCache
-        cache = new(layers, slots, max_length, dtype=self._ops.cache_dtype, device=self.device)
+        layer = LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim)
+        if isinstance(self._ops, CpuOps):
+            cache: KVCache = CpuCache(shape.layers, layer, slots, max_length, int8=self.cache_dtype == "int8")
+        else:
+            new = new_tiled_cache if isinstance(self._ops, CompiledOps) else SlabCache
+            cache = new([layer] * shape.layers, slots, max_length, dtype=self._ops.cache_dtype, device=self.device)
         if cache.max_length > len(self._cos):
             self._tabulate_rope(cache.max_length)
         return cache
@@ -125,6 +134,17 @@ class NativeBackbone:
             return hidden.new_empty(0, self.shape.vocabulary)
         logits: Tensor = ops.linear(weights.head, hidden, weights.final_norm)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _checked_cache_dtype(wanted: CacheDtype | None, why_not_own: str | None) -> CacheDtype | None:
+    """The dtype of K/V in our own kernels; None without them."""
+    if wanted not in (None, *get_args(CacheDtype)):
+        raise FastDLLMError(f"cache_dtype={wanted!r}: must be {' or '.join(map(repr, get_args(CacheDtype)))}")
+    if why_not_own is None and wanted == "int8":
+        why_not_own = why_no_kernels("int8")
+    if wanted is not None and why_not_own is not None:
+        raise FastDLLMError(f"cache_dtype={wanted!r} needs our own CPU kernels ({why_not_own}); leave it out")
+    return None if why_not_own is not None else wanted or "bfloat16"
 
 
 def _why_not_own(model: "PreTrainedModel", shape: Shape, precision: Precision) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fast_dllm.cache import KVCache
+from fast_dllm.cache import SlabCache
 from fast_dllm.config import ContextAttention
 from fast_dllm.model.backbone import ForwardBatch
 from fast_dllm.model.linear import Linear, Precision, make_linear
@@ -42,7 +42,7 @@ class _Plan:
     """What all layers of a forward share; cos is [T, 1, E], sin [T, 1, E / 2] (its halves are equal)."""
 
     batch: ForwardBatch
-    cache: KVCache
+    cache: SlabCache
     groups: list[_AttentionGroup]
     cos: Tensor
     sin: Tensor
@@ -113,7 +113,7 @@ class TorchOps(TorchSteps):
         """A layer from weights [O, I] and bias [O]."""
         return make_linear(weight, bias, self._precision)
 
-    def plan(self, batch: ForwardBatch, cache: KVCache, cos: Tensor, sin: Tensor) -> _Plan:
+    def plan(self, batch: ForwardBatch, cache: SlabCache, cos: Tensor, sin: Tensor) -> _Plan:
         """Prepare a forward; `cos` and `sin` are [positions, E / 2]."""
         cos, sin = cos[batch.positions, None], sin[batch.positions, None]
         return _Plan(batch, cache, self._groups(batch), torch.cat([cos, cos], dim=-1), sin)

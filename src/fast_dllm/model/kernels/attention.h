@@ -1,35 +1,64 @@
-// RoPE, and attention over a slab of bfloat16 keys and values.
+// RoPE, and attention over the cache.
 //
-// Keys are cut into chunks at multiples of kChunk. Each chunk of a query is done on its own, by whichever thread, and
-// `merge` puts a query's chunks together in their order: so long contexts are shared between threads, and the result
-// depends on nothing but the query and the keys it sees.
+// Keys are cut into chunks at multiples of kChunk, and chunks gathered to stretches, at places that depend on nothing.
+// Each stretch of a query is done on its own, by whichever thread, and `merge` puts a query's stretches together in
+// their order: so long contexts are shared between threads, and the result depends on nothing but the query and the
+// keys it sees.
 //
-// Legend: E width of a head, Q queries that share a K/V head.
+// Legend: E width of a head.
 #pragma once
 
+#include "cached.h"
+#include "linear.h"
 #include "stream.h"
 #include "vectors.h"
 
 namespace kernels {
 
-constexpr int kChunk = 128;        // keys
-constexpr int kTile = 64;          // keys converted to float32 at once
-constexpr int kQueries = 24;       // queries that share a tile
-constexpr int kMostVectors = 4;    // 6 x 4 sums fill the registers
-constexpr int kMostRows = 6;
-constexpr int kWidest = 256;       // head
+constexpr int kQueries = 48;                  // queries that share a stretch
+constexpr int kMostRows = 12;                 // queries that share a loaded key: 12 x 2 or 6 x 4 sums fill the registers
+constexpr int kShort = 1024, kStretch = 512;  // keys before which a stretch is a chunk; keys of a stretch behind them
 
-struct Heads {  // mirrors the ctypes structure in cpu_ops.py
-  int32_t query, kv, width;
+// Blocks of keys, or vectors of values, that share a loaded query or weight.
+constexpr int vectors_for(int rows) { return rows > kMostRows / 2 ? 2 : 4; }
+
+inline int stretch_of(int key) { return key < kShort ? key / kChunk : kShort / kChunk + (key - kShort) / kStretch; }
+inline int stretch_start(int stretch) {
+  const int behind = stretch - kShort / kChunk;
+  return behind < 0 ? stretch * kChunk : kShort + behind * kStretch;
+}
+inline int stretches_of(int keys) { return stretch_of(keys - 1) + 1; }
+
+// What a query has of some keys: the weighted sum of their values [E], the sums of the weights by lane, and the largest
+// score, or -INFINITY for no keys.
+inline int partial_width(int width) { return width + 2 * kLanes; }
+inline float* largest_in(float* partial, int width) { return partial + width + kLanes; }
+
+// Queries that share a K/V head. Their partials lie `stride` apart.
+template <class Cache>
+struct Queries {
+  Operand<typename Cache::Kind> operand;  // of all queries; products with keys are logarithms to base 2
+  int first, count;
+  const int32_t* ends;  // [count]; each sees the keys before its own
+  float* partials;
+  int64_t stride;
+
+  Queries some(int from, int end) const {
+    return {operand, first + from, end - from, ends + from, partials + from * stride, stride};
+  }
 };
 
-struct Slab {  // K or V of a layer: [slots, kv heads, length, E]; mirrors the ctypes structure in cpu_ops.py
-  uint16_t* data;
-  int64_t slot, head;  // strides, in elements
-};
+// The keys [first, end) of a head; `first` is a multiple of kBlock.
+template <class Cache>
+struct Keys {
+  const char* head;
+  int width, first, end;
 
-// A chunk's part of a query: the weighted sum of its values [E], the largest score, and the sum of the weights.
-inline int partial_width(int width) { return width + kLanes; }
+  int64_t block_bytes() const { return Cache::block_bytes(width); }
+  int blocks() const { return (end - first + kBlock - 1) / kBlock; }
+  const char* block(int number) const { return head + (first / kBlock + number) * block_bytes(); }
+  Span span() const { return Span(block(0), blocks() * block_bytes()); }
+};
 
 // One head, normed if it has a norm: half the width against the other half.
 inline void rotate(float* head, int width, const float* cos, const float* sin, const float* norm, float epsilon) {
@@ -47,170 +76,177 @@ inline void rotate(float* head, int width, const float* cos, const float* sin, c
   }
 }
 
-// out [rows][vectors] += a [rows][depth] * b [depth][vectors], each sum in the order of depth. Every step fetches two
-// lines of the stream.
-template <int rows, int vectors>
-void add_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int depth, float* out,
-                 int64_t out_stride, Stream& stream) {
-  Span& span = stream.current();
-  const char *next = span.next, *end = span.end;
-  __m512 acc[rows][vectors];
+// Scores [rows][kChunk], but for the queries' scales, of the keys of `vectors` blocks.
+template <class Cache, int rows, int vectors>
+void score(const Queries<Cache>& queries, const Keys<Cache>& keys, int first_block, float* scores, Stream& stream) {
+  typedef typename Cache::Kind Kind;
+  const auto& operand = queries.operand;
+  const int64_t bytes = keys.block_bytes();
+  const char* block = keys.block(first_block);
+  typename Kind::Sum acc[rows][vectors];
   UNROLL for (int r = 0; r < rows; ++r)
-    UNROLL for (int v = 0; v < vectors; ++v) acc[r][v] = _mm512_loadu_ps(out + r * out_stride + v * kLanes);
-  for (int d = 0; d < depth; ++d, b += b_stride) {
-    fetch(next);
-    fetch(next + 64);
-    next += next < end ? 128 : 0;
-    __m512 wide[vectors];
-    UNROLL for (int v = 0; v < vectors; ++v) wide[v] = _mm512_load_ps(b + v * kLanes);
-    UNROLL for (int r = 0; r < rows; ++r) {
-      const __m512 one = _mm512_set1_ps(a[r * a_stride + d]);
-      UNROLL for (int v = 0; v < vectors; ++v) acc[r][v] = _mm512_fmadd_ps(one, wide[v], acc[r][v]);
-    }
+    UNROLL for (int v = 0; v < vectors; ++v) acc[r][v] = Kind::start(operand.undo[queries.first + r]);
+  const auto* in = operand.values + queries.first * operand.stride;
+  Fetcher fetcher(stream);
+  for (int u = 0; u < units_of<Kind>(keys.width); ++u, in += Kind::kInputsPerUnit) {
+    fetcher.step();
+    __m512i units[vectors];
+    UNROLL for (int v = 0; v < vectors; ++v) units[v] = _mm512_load_si512(block + v * bytes + u * sizeof(__m512i));
+    Kind::step(acc, units, in, operand.stride);
   }
+  typename Kind::Sum sums[rows][vectors];  // a copy: see linear.h
   UNROLL for (int r = 0; r < rows; ++r)
-    UNROLL for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(out + r * out_stride + v * kLanes, acc[r][v]);
-  span.next = next;
+    UNROLL for (int v = 0; v < vectors; ++v) sums[r][v] = acc[r][v];
+  for (int v = 0; v < vectors; ++v) {
+    const __m512 by = Cache::key_scales(block + v * bytes, keys.width);
+    for (int r = 0; r < rows; ++r)
+      _mm512_store_ps(scores + r * kChunk + (first_block + v) * kBlock, _mm512_mul_ps(Kind::result(sums[r][v]), by));
+  }
 }
 
-template <int vectors>
-void add_products(const float* a, int64_t a_stride, int rows, const float* b, int64_t b_stride, int depth, float* out,
-                  int64_t out_stride, Stream& stream) {
-  for (int r = 0; r < rows; r += kMostRows) {
-    const float* from = a + r * a_stride;
-    float* to = out + r * out_stride;
+// Scores [rows][kChunk] to weights relative to the largest, times the scales of the values; and what goes with them into
+// the partials. Row by row, a loop would wait for the end of the one before it: so each is done for all rows.
+template <class Cache, int rows>
+void weigh(const float* query_scales, const Keys<Cache>& keys, float* scores, float (&steps)[rows],
+           float (&partials)[rows][kWidest + 2 * kLanes], Stream& stream) {
+  const int width = keys.width, count = keys.blocks() * kBlock;
+  alignas(64) float value_scales[kChunk];
+  for (int b = 0; b < keys.blocks(); ++b)
+    _mm512_store_ps(value_scales + b * kBlock, Cache::value_scales(keys.block(b), width));
+  float largest[rows];
+  for (int r = 0; r < rows; ++r) {
+    __m512 most = _mm512_load_ps(scores + r * kChunk);
+    for (int k = kLanes; k < count; k += kLanes) most = _mm512_max_ps(most, _mm512_load_ps(scores + r * kChunk + k));
+    largest[r] = _mm512_reduce_max_ps(most) * query_scales[r];
+    *largest_in(partials[r], width) = largest[r];
+  }
+  Fetcher fetcher(stream);
+  __m512 mosts[rows];
+  for (int r = 0; r < rows; ++r) {
+    const __m512 scale = _mm512_set1_ps(query_scales[r]), top = _mm512_set1_ps(largest[r]);
+    __m512 sum = _mm512_setzero_ps(), most = _mm512_setzero_ps();
+    for (int k = 0; k < count; k += kLanes) {
+      fetcher.step();
+      float* at = scores + r * kChunk + k;
+      const __m512 weight = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(at), scale, top));
+      sum = _mm512_add_ps(sum, weight);
+      const __m512 scaled = _mm512_mul_ps(weight, _mm512_load_ps(value_scales + k));
+      most = _mm512_max_ps(most, scaled);
+      _mm512_store_ps(at, scaled);
+    }
+    _mm512_store_ps(partials[r] + width, sum);
+    mosts[r] = most;
+  }
+  for (int r = 0; r < rows; ++r) steps[r] = Cache::step_of(_mm512_reduce_max_ps(mosts[r]));
+}
+
+// The sums of some elements of the values, `vectors` vectors from `first` on, by their weights [rows][kChunk floats].
+template <class Cache, int rows, int vectors>
+void add_values(const typename Cache::Weight* weights, const float* steps, const Keys<Cache>& keys, int first,
+                float (&partials)[rows][kWidest + 2 * kLanes], Stream& stream) {
+  typedef typename Cache::Kind Kind;
+  constexpr int64_t weights_stride = kChunk * sizeof(float) / sizeof *weights;
+  typename Kind::Sum acc[rows][vectors];
+  UNROLL for (int r = 0; r < rows; ++r)
+    UNROLL for (int v = 0; v < vectors; ++v) acc[r][v] = Kind::start(0);
+  Fetcher fetcher(stream);
+  for (int b = 0; b < keys.blocks(); ++b) {
+    const char* unit = keys.block(b) + Cache::values_at(keys.width) + first * 4;
+    for (int u = 0; u < kBlock / Kind::kPerUnit; ++u, unit += keys.width * 4, weights += Kind::kPerUnit) {
+      fetcher.step();
+      __m512i values[vectors];
+      UNROLL for (int v = 0; v < vectors; ++v) values[v] = _mm512_load_si512(unit + v * sizeof(__m512i));
+      Cache::step(acc, values, weights, weights_stride);
+    }
+  }
+  typename Kind::Sum total[rows][vectors];  // a copy: see linear.h
+  UNROLL for (int r = 0; r < rows; ++r)
+    UNROLL for (int v = 0; v < vectors; ++v) total[r][v] = acc[r][v];
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v)
+      _mm512_store_ps(partials[r] + first + v * kLanes,
+                      _mm512_mul_ps(Kind::result(total[r][v]), _mm512_set1_ps(steps[r])));
+}
+
+// Adds what a query has of further keys to what it has.
+inline void fold(float* more, int width, float* partial) {
+  const float above = *largest_in(more, width) - *largest_in(partial, width);
+  if (above == INFINITY) {
+    std::copy_n(more, partial_width(width), partial);
+    return;
+  }
+  const __m512 less = power_of_two(_mm512_set1_ps(-std::abs(above))), one = _mm512_set1_ps(1.0f);
+  const __m512 old = above > 0 ? less : one, fresh = above > 0 ? one : less;
+  for (int i = 0; i < width + kLanes; i += kLanes) {
+    const __m512 sum = _mm512_mul_ps(old, _mm512_loadu_ps(partial + i));
+    _mm512_storeu_ps(partial + i, _mm512_fmadd_ps(fresh, _mm512_loadu_ps(more + i), sum));
+  }
+  *largest_in(partial, width) = std::max(*largest_in(partial, width), *largest_in(more, width));
+}
+
+// Some queries over a chunk.
+template <class Cache, int rows>
+void attend_chunk(const Queries<Cache>& queries, const Keys<Cache>& keys, Stream& stream) {
+  constexpr int vectors = vectors_for(rows);
+  alignas(64) float scores[rows * kChunk], partials[rows][kWidest + 2 * kLanes];
+  float steps[rows];
+  const int blocks = keys.blocks(), count = blocks * kBlock;
+  int b = 0;
+  for (; b + vectors <= blocks; b += vectors) score<Cache, rows, vectors>(queries, keys, b, scores, stream);
+  for (; b < blocks; ++b) score<Cache, rows, 1>(queries, keys, b, scores, stream);
+  const auto hide = [&](float as) {
+    for (int r = 0; r < rows; ++r)
+      for (int k = std::max(0, queries.ends[r] - keys.first); k < count; ++k) scores[r * kChunk + k] = as;
+  };
+  hide(-INFINITY);
+  weigh<Cache, rows>(queries.operand.scales + queries.first, keys, scores, steps, partials, stream);
+  hide(0);
+  const auto* weights = Cache::convert(scores, rows, count, steps);
+  int i = 0;
+  for (; i + vectors * kLanes <= keys.width; i += vectors * kLanes)
+    add_values<Cache, rows, vectors>(weights, steps, keys, i, partials, stream);
+  for (; i < keys.width; i += kLanes) add_values<Cache, rows, 1>(weights, steps, keys, i, partials, stream);
+  for (int r = 0; r < rows; ++r)
+    if (queries.ends[r] > keys.first) fold(partials[r], keys.width, queries.partials + r * queries.stride);
+}
+
+// How often attend_chunk asks the stream.
+template <class Cache>
+int steps_of(const Keys<Cache>& keys, int rows) {
+  const int vectors = vectors_for(rows), blocks = keys.blocks();
+  const int of_scores = (blocks + vectors - 1) / vectors * units_of<typename Cache::Kind>(keys.width);
+  const int of_values = blocks * (kBlock / Cache::Kind::kPerUnit) * ((keys.width / kLanes + vectors - 1) / vectors);
+  return of_scores + rows * blocks + of_values;
+}
+
+// Some queries over a stretch. `next`: what is attended to after this.
+template <class Cache>
+void attend(const Queries<Cache>& queries, const Keys<Cache>& keys, Stream& stream, Span next) {
+  for (int q = 0; q < queries.count; ++q)
+    *largest_in(queries.partials + q * queries.stride, keys.width) = -INFINITY;
+  const int passes = (queries.count + kMostRows - 1) / kMostRows;
+  for (int first = keys.first; first < keys.end; first += kChunk) {
+    const Keys<Cache> chunk{keys.head, keys.width, first, std::min(first + kChunk, keys.end)};
+    const Keys<Cache> rest{keys.head, keys.width, chunk.end, std::min(chunk.end + kChunk, keys.end)};
+    stream.soon = chunk.end < keys.end ? rest.span() : next;
+    stream.pace = stream.soon.lines() * Stream::kWhole / (passes * steps_of(chunk, (queries.count + passes - 1) / passes));
+    for (int pass = 0; pass < passes; ++pass) {
+      const auto some = queries.some(queries.count * pass / passes, queries.count * (pass + 1) / passes);
 #define ROWS(n) \
-  case n: add_product<n, vectors>(from, a_stride, b, b_stride, depth, to, out_stride, stream); break;
-    switch (std::min(kMostRows, rows - r)) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) }
+  case n: attend_chunk<Cache, n>(some, chunk, stream); break;
+      switch (some.count) {
+        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+      }
 #undef ROWS
-  }
-}
-
-// The same for any number of rows and of columns; `columns` is a multiple of kLanes.
-inline void add_matrix_product(const float* a, int64_t a_stride, int rows, const float* b, int64_t b_stride, int depth,
-                               float* out, int64_t out_stride, int columns, Stream& stream) {
-  for (int c = 0; c < columns; c += kMostVectors * kLanes) {
-    const float* from = b + c;
-    float* to = out + c;
-#define VECTORS(n) \
-  case n: add_products<n>(a, a_stride, rows, from, b_stride, depth, to, out_stride, stream); break;
-    switch (std::min(kMostVectors, (columns - c) / kLanes)) { VECTORS(1) VECTORS(2) VECTORS(3) VECTORS(4) }
-#undef VECTORS
-  }
-}
-
-// Rows to columns, of sixteen times sixteen.
-inline void transpose(__m512i (&rows)[kLanes]) {
-  __m512i a[kLanes], b[kLanes];
-  UNROLL for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-  }
-  UNROLL for (int i = 0; i < 4; ++i)
-    UNROLL for (int j = 0; j < 2; ++j) {
-      b[4 * i + 2 * j] = _mm512_unpacklo_epi64(a[4 * i + j], a[4 * i + 2 + j]);
-      b[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(a[4 * i + j], a[4 * i + 2 + j]);
     }
-  // b[4 i + j] holds, in its quarters, column j, 4 + j, 8 + j, 12 + j of rows 4 i to 4 i + 3.
-  UNROLL for (int j = 0; j < 4; ++j) {
-    const __m512i low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
-    const __m512i low2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
-    const __m512i high = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
-    const __m512i high2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
-    rows[j] = _mm512_shuffle_i32x4(low, low2, 0x88);
-    rows[8 + j] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-    rows[4 + j] = _mm512_shuffle_i32x4(high, high2, 0x88);
-    rows[12 + j] = _mm512_shuffle_i32x4(high, high2, 0xdd);
   }
 }
 
-// Keys [count, E] to float32 [E, kTile], zeros behind the last key of a vector.
-template <int E>
-void keys_to_columns(const uint16_t* keys, int count, float* tile) {
-  constexpr int units = E / 2;  // pairs of bfloat16
-  for (int k = 0; k < count; k += kLanes)
-    for (int u = 0; u < units; u += kLanes) {
-      __m512i pairs[kLanes];
-      UNROLL for (int i = 0; i < kLanes; ++i)
-        pairs[i] = _mm512_maskz_loadu_epi32(k + i < count ? some(units - u) : 0, keys + (k + i) * E + 2 * u);
-      transpose(pairs);
-      UNROLL for (int i = 0; i < kLanes; ++i)
-        if (u + i < units) {
-          _mm512_store_ps(tile + 2 * (u + i) * kTile + k, even(pairs[i]));
-          _mm512_store_ps(tile + (2 * (u + i) + 1) * kTile + k, odd(pairs[i]));
-        }
-    }
-}
-
-// Scores, as logarithms to base 2, to weights relative to the largest; zeros from `seen` to `count`.
-inline void weigh(float* row, int seen, int count, float* largest, float* total) {
-  __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-  for (int k = 0; k < seen; k += kLanes) most = _mm512_mask_max_ps(most, some(seen - k), most, _mm512_load_ps(row + k));
-  *largest = _mm512_reduce_max_ps(most);
-  for (int k = 0; k < count; k += kLanes) {
-    const __m512 below = _mm512_sub_ps(_mm512_load_ps(row + k), _mm512_set1_ps(*largest));
-    const __m512 weight = _mm512_maskz_mov_ps(some(seen - k), power_of_two(below));
-    _mm512_store_ps(row + k, weight);
-    sum = _mm512_add_ps(sum, weight);
-  }
-  *total = _mm512_reduce_add_ps(sum);
-}
-
-// One chunk, from key `first` on, of some queries [count, E], scaled to logarithms to base 2, that share a K/V head.
-// `ends`: each sees the keys before its own. Their partials lie `stride` apart. `next_keys`: of the chunk after this.
-template <int E>
-void attend(const float* queries, int count, const int32_t* ends, const uint16_t* keys, const uint16_t* values,
-            int first, float* partials, int64_t stride, Stream& stream, Span next_keys) {
-  alignas(64) float tile[kTile * E];
-  alignas(64) float scores[kQueries * kChunk] = {};
-  const int here = std::min(kChunk, *std::max_element(ends, ends + count) - first);
-  keys += int64_t(first) * E;
-  values += int64_t(first) * E;
-  stream.soon = Span(values, here * E * sizeof *values);
-  for (int k = 0; k < here; k += kTile) {
-    const int some_keys = std::min(kTile, here - k);
-    keys_to_columns<E>(keys + k * E, some_keys, tile);
-    add_matrix_product(queries, E, count, tile, kTile, E, scores + k, kChunk, up(some_keys, kLanes), stream);
-  }
-  stream.soon = next_keys;
-  for (int q = 0; q < count; ++q) {
-    float* partial = partials + q * stride;
-    std::fill(partial, partial + E, 0.0f);
-    weigh(scores + q * kChunk, std::min(kChunk, ends[q] - first), here, partial + E, partial + E + 1);
-  }
-  for (int k = 0; k < here; k += kTile) {
-    const int some_keys = std::min(kTile, here - k);
-    for (int i = 0; i < some_keys * E; i += kLanes) _mm512_store_ps(tile + i, from_bfloat16(values + k * E + i));
-    add_matrix_product(scores + k, kChunk, count, tile, E, some_keys, partials, stride, E, stream);
-  }
-}
-
-typedef void (*Attend)(const float*, int, const int32_t*, const uint16_t*, const uint16_t*, int, float*, int64_t,
-                       Stream&, Span);
-
-// Null for a width that has no kernel.
-inline Attend attend_for(int width) {
-#define WIDTH(e) \
-  case e: return attend<e>;
-  switch (width) { WIDTH(16) WIDTH(32) WIDTH(64) WIDTH(80) WIDTH(96) WIDTH(128) WIDTH(256) }
-#undef WIDTH
-  return nullptr;
-}
-
-// A query's chunks to its result [width].
-inline void merge(const float* partials, int chunks, int width, float* out) {
-  const int stride = partial_width(width);
-  float most = -INFINITY;
-  for (int c = 0; c < chunks; ++c) most = std::max(most, partials[c * stride + width]);
-  std::fill(out, out + width, 0.0f);
-  __m512 total = _mm512_setzero_ps();
-  for (int c = 0; c < chunks; ++c, partials += stride) {
-    const __m512 weight = power_of_two(_mm512_set1_ps(partials[width] - most));
-    total = _mm512_fmadd_ps(weight, _mm512_set1_ps(partials[width + 1]), total);
-    for (int i = 0; i < width; i += kLanes)
-      _mm512_storeu_ps(out + i, _mm512_fmadd_ps(weight, _mm512_loadu_ps(partials + i), _mm512_loadu_ps(out + i)));
-  }
-  for (int i = 0; i < width; i += kLanes) _mm512_storeu_ps(out + i, _mm512_div_ps(_mm512_loadu_ps(out + i), total));
+// A query's stretches to its result [width].
+inline void merge(float* partials, int stretches, int width, float* out) {
+  for (int s = 1; s < stretches; ++s) fold(partials + s * partial_width(width), width, partials);
+  const __m512 total = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_loadu_ps(partials + width)));
+  for (int i = 0; i < width; i += kLanes) _mm512_storeu_ps(out + i, _mm512_div_ps(_mm512_loadu_ps(partials + i), total));
 }
 
 }  // namespace kernels

@@ -1,6 +1,6 @@
 // Decoding kernels for x86 CPUs with AVX-512; int8 needs VNNI too. Plain C interface: Python calls it with pointers.
 //
-// Activations are float32. Weights are int8 (a scale per output) or bfloat16; keys and values are bfloat16.
+// Activations are float32. Weights are int8 (a scale per output) or bfloat16; so are keys and values (cached.h).
 // Every result for a position depends on that position's inputs alone, in an order that the number of positions and
 // threads does not change: a row of a batch gives bitwise what it gives alone.
 //
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "items.h"
 #include "linear.h"
 
 namespace kernels {
@@ -34,13 +35,10 @@ struct Model {  // mirrors the ctypes structure in cpu_ops.py
   const Layer* layers;
 };
 
-struct Batch {  // mirrors the ctypes structure in cpu_ops.py
-  int32_t rows, positions, read_count;
-  const int32_t* row_starts;  // [rows + 1], places in [0, T)
-  const int32_t* ends;        // [T], of the keys a position sees
-  const int64_t *slots, *places;  // [T]
-  const int64_t* read;        // [N], places in [0, T)
-  const float *cos, *sin;     // [.., E / 2] by position
+struct Slabs {  // mirrors the ctypes structure in cpu_ops.py
+  int32_t int8;
+  int64_t slot, head;   // strides, in bytes
+  char* const* layers;  // [slots][K/V heads][blocks], see cached.h
 };
 
 // Memory that is kept between calls: no allocation once the largest batch has been seen.
@@ -119,57 +117,25 @@ Span first_weights(const Linear& layer) {
   return Span(all.next, std::min(all.end - all.next, kFetched));
 }
 
-// A chunk of keys for some queries of a row.
-struct Item {
-  int64_t slot;
-  int head, first, count, key;  // K/V head; queries from the first of the block on; first key
-};
-
-// Positions whose partials are in memory together.
-struct Block {
-  int first, end, chunks;  // positions; most chunks of one of them
-  std::vector<Item> items;
-};
-
-constexpr int64_t kPartials = 1 << 21;  // floats of a block
-
-std::vector<Block> blocks_of(const Batch& batch, const Heads& heads) {
-  const int share = heads.query / heads.kv;
-  const int chunks = (*std::max_element(batch.ends, batch.ends + batch.positions) + kChunk - 1) / kChunk;
-  const int size = std::max<int64_t>(1, kPartials / (int64_t(heads.query) * chunks * partial_width(heads.width)));
-  std::vector<Block> blocks;
-  for (int start = 0; start < batch.positions; start += size) {
-    Block block{start, std::min(start + size, batch.positions), chunks, {}};
-    for (int r = 0; r < batch.rows; ++r) {
-      const int from = std::max(batch.row_starts[r], block.first), to = std::min(batch.row_starts[r + 1], block.end);
-      if (from >= to) continue;
-      const int first = (from - block.first) * share, queries = (to - from) * share;
-      const int longest = *std::max_element(batch.ends + from, batch.ends + to);
-      // Shares of equal size, as whole products like them.
-      const int shares = (queries + kQueries - 1) / kQueries, most = up((queries + shares - 1) / shares, kMostRows);
-      for (int h = 0; h < heads.kv; ++h)
-        for (int q = 0; q < queries; q += most)
-          for (int key = 0; key < longest; key += kChunk)
-            block.items.push_back({batch.slots[from], h, first + q, std::min(most, queries - q), key});
-    }
-    blocks.push_back(std::move(block));
-  }
-  return blocks;
-}
-
-template <class Kind>
+template <class Kind, class Cache>
 class Forward {
  public:
-  Forward(const Model& model, const Batch& batch, const Slab* slabs, float* hidden, float* out, int threads)
+  Forward(const Model& model, const Batch& batch, const Slabs& slabs, float* hidden, float* out, int threads)
       : model_(model), batch_(batch), slabs_(slabs), hidden_(hidden), out_(out), width_(model.heads.width),
+        share_(model.heads.query / model.heads.kv),
         qkv_width_((model.heads.query + 2 * model.heads.kv) * width_), out_width_(model.heads.query * width_),
-        hidden_width_(model.layers->out.outputs), attend_(attend_for(width_)), blocks_(blocks_of(batch, model.heads)),
+        hidden_width_(model.layers->out.outputs), blocks_(blocks_of(batch, model.heads)),
         inputs_(batch.positions, std::max({hidden_width_, out_width_, model.layers->down.inputs}), threads) {
-    thread_local Buffer<float> wide, partials;
+    thread_local Buffer<float> wide, partials, scales;
+    thread_local Buffer<typename Cache::Kind::Input> queries;
+    thread_local Buffer<int32_t> undo;
     wide_ = wide.grow(int64_t(batch.positions) * std::max(qkv_width_, model.layers->gate_up.outputs));
     const Block& largest = blocks_.front();
-    partials_ = partials.grow(int64_t(largest.end - largest.first) * model.heads.query * largest.chunks *
+    partials_ = partials.grow(int64_t(largest.end - largest.first) * model.heads.query * largest.stretches *
                               partial_width(width_));
+    const int64_t count = int64_t(batch.positions) * model.heads.query;
+    const int64_t stride = units_of<typename Cache::Kind>(width_) * Cache::Kind::kInputsPerUnit;
+    queries_ = {queries.grow(count * stride), scales.grow(count), undo.grow(count), stride};
   }
 
   void run() {
@@ -189,12 +155,12 @@ class Forward {
     watch.lap(kRestPart);
     multiply<Kind>(layer.qkv, operand, batch_.positions, wide_, false);
     watch.lap(kLinearPart);
-    store(layer, slabs_[2 * number], slabs_[2 * number + 1]);
+    store(layer, slabs_.layers[number]);
     // Nothing behind the last layer's K/V depends on positions that nobody reads.
     const bool last = number + 1 == model_.count;
     const int count = last ? batch_.read_count : batch_.positions;
     float* hidden = last ? out_ : hidden_;
-    if (count) operand = attention(layer, slabs_[2 * number], slabs_[2 * number + 1], last);
+    if (count) operand = attention(layer, slabs_.layers[number], last);
     watch.lap(kAttentionPart);
     if (!count) return;
     multiply<Kind>(layer.out, operand, count, hidden, true);
@@ -211,29 +177,43 @@ class Forward {
     watch.lap(kLinearPart);
   }
 
-  // RoPE (and QK norm) of the queries in place; keys and values to the slab.
-  void store(const Layer& layer, const Slab& keys, const Slab& values) {
+  // RoPE (and QK norm) of queries, keys and values of the wide rows: the queries to `queries_`, the others to the cache.
+  void store(const Layer& layer, char* slab) {
     const Heads& heads = model_.heads;
-#pragma omp for schedule(static)
-    for (int t = 0; t < batch_.positions; ++t) {
-      float* head = wide_ + int64_t(t) * qkv_width_;
-      const int64_t slot = batch_.slots[t], place = batch_.places[t];
-      const float *cos = batch_.cos + place * (width_ / 2), *sin = batch_.sin + place * (width_ / 2);
-      for (int h = 0; h < heads.query; ++h, head += width_)
-        rotate(head, width_, cos, sin, layer.query_norm, model_.epsilon);
-      for (int h = 0; h < heads.kv; ++h, head += width_) {
-        rotate(head, width_, cos, sin, layer.key_norm, model_.epsilon);
-        const float* value = head + heads.kv * width_;
-        uint16_t* to_key = keys.data + slot * keys.slot + h * keys.head + place * width_;
-        uint16_t* to_value = values.data + slot * values.slot + h * values.head + place * width_;
-        for (int i = 0; i < width_; ++i) to_key[i] = to_bfloat16(head[i]);
-        for (int i = 0; i < width_; ++i) to_value[i] = to_bfloat16(value[i]);
+    const float scale = kLog2e / std::sqrt(float(width_));
+#pragma omp for collapse(2) schedule(static)
+    for (int t = 0; t < batch_.positions; ++t)
+      for (int h = 0; h < heads.kv; ++h) {
+        const int64_t place = batch_.places[t];
+        const auto turn = [&](float* head, const float* norm) {
+          const int half = width_ / 2;
+          rotate(head, width_, batch_.cos + place * half, batch_.sin + place * half, norm, model_.epsilon);
+          Cache::turn(head, width_);
+        };
+        float* query = wide_ + int64_t(t) * qkv_width_ + h * share_ * width_;
+        for (int q = 0; q < share_; ++q, query += width_) {
+          turn(query, layer.query_norm);
+          for (int i = 0; i < width_; ++i) query[i] *= scale;
+          queries_.set(query_row(t, h) + q, query, width_);
+        }
+        float* key = wide_ + int64_t(t) * qkv_width_ + (heads.query + h) * width_;
+        turn(key, layer.key_norm);
+        char* block = head_of(slab, batch_.slots[t], h) + place / kBlock * Cache::block_bytes(width_);
+        Cache::write(key, key + heads.kv * width_, width_, place % kBlock, block);
       }
-    }
+  }
+
+  // The first query of a position and K/V head, in `queries_`: those that share a head follow one another.
+  int64_t query_row(int position, int kv_head) const {
+    return (int64_t(kv_head) * batch_.positions + position) * share_;
+  }
+
+  char* head_of(char* slab, int64_t slot, int kv_head) const {
+    return slab + slot * slabs_.slot + kv_head * slabs_.head;
   }
 
   // Every row over its slot; what is read of it as inputs of the output projection.
-  Operand<Kind> attention(const Layer& layer, const Slab& keys, const Slab& values, bool last) {
+  Operand<Kind> attention(const Layer& layer, char* slab, bool last) {
     Operand<Kind> operand;
     Stream stream{{}, first_weights<Kind>(layer.out), first_weights<Kind>(layer.gate_up)};
     const int threads = omp_get_num_threads();
@@ -242,58 +222,49 @@ class Forward {
 #pragma omp for schedule(dynamic, 1)
       for (int i = 0; i < items; ++i) {
         // In all likelihood this thread's next one.
-        const Span next_keys = i + threads < items ? keys_of(block.items[i + threads], keys) : Span();
-        attend_item(block, block.items[i], keys, values, stream, next_keys);
+        Span next;
+        if (i + threads < items) {
+          Keys<Cache> keys = keys_of(block.items[i + threads], slab);
+          keys.end = std::min(keys.end, keys.first + kChunk);
+          next = keys.span();
+        }
+        attend_item(block, block.items[i], slab, stream, next);
       }
       operand = merge_block(block, layer.out, last);
     }
     return operand;
   }
 
-  void attend_item(const Block& block, const Item& item, const Slab& keys, const Slab& values, Stream& stream,
-                   Span next_keys) {
-    const int share = model_.heads.query / model_.heads.kv;
-    const float scale = kLog2e / std::sqrt(float(width_));
-    alignas(64) float queries[kQueries * kWidest];
+  void attend_item(const Block& block, const Item& item, char* slab, Stream& stream, Span next) {
     int32_t ends[kQueries];
-    for (int q = 0; q < item.count; ++q) {
-      const int position = block.first + (item.first + q) / share;
-      const int head = item.head * share + (item.first + q) % share;
-      const float* from = wide_ + int64_t(position) * qkv_width_ + head * width_;
-      for (int i = 0; i < width_; ++i) queries[q * width_ + i] = from[i] * scale;
-      ends[q] = batch_.ends[position];
-    }
-    const int64_t stride = int64_t(block.chunks) * partial_width(width_);
-    float* partials = partial(block, item.head, item.first) + item.key / kChunk * partial_width(width_);
-    attend_(queries, item.count, ends, keys.data + item.slot * keys.slot + item.head * keys.head,
-            values.data + item.slot * values.slot + item.head * values.head, item.key, partials, stride, stream,
-            next_keys);
+    for (int q = 0; q < item.count; ++q) ends[q] = batch_.ends[block.first + (item.first + q) / share_];
+    const int first = query_row(block.first, item.head) + item.first;
+    const int64_t stride = int64_t(block.stretches) * partial_width(width_);
+    float* partials = partial(block, item.head, item.first) + item.stretch * partial_width(width_);
+    attend<Cache>({queries_, first, item.count, ends, partials, stride}, keys_of(item, slab), stream, next);
   }
 
-  Span keys_of(const Item& item, const Slab& keys) const {
-    const uint16_t* first = keys.data + item.slot * keys.slot + item.head * keys.head + int64_t(item.key) * width_;
-    return Span(first, int64_t(kChunk) * width_ * sizeof *first);
+  Keys<Cache> keys_of(const Item& item, char* slab) const {
+    return {head_of(slab, item.slot, item.head), width_, stretch_start(item.stretch), item.end};
   }
 
   // Query number `query` of a block, of those that share a K/V head.
   float* partial(const Block& block, int kv_head, int query) const {
-    const int share = model_.heads.query / model_.heads.kv;
-    const int64_t number = int64_t(kv_head) * (block.end - block.first) * share + query;
-    return partials_ + number * block.chunks * partial_width(width_);
+    const int64_t number = int64_t(kv_head) * (block.end - block.first) * share_ + query;
+    return partials_ + number * block.stretches * partial_width(width_);
   }
 
   Operand<Kind> merge_block(const Block& block, const Linear& layer, bool last) {
-    const int share = model_.heads.query / model_.heads.kv;
     const int64_t* read = last ? batch_.read : nullptr;
     const int64_t* read_end = read + batch_.read_count;
     const int first = last ? std::lower_bound(read, read_end, block.first) - read : block.first;
     const int end = last ? std::lower_bound(read, read_end, block.end) - read : block.end;
     return inputs_.prepare(layer, first, end, [=, &block](int r, float* to) {
       const int position = last ? read[r] : r;
-      const int chunks = (batch_.ends[position] + kChunk - 1) / kChunk;
+      const int stretches = stretches_of(batch_.ends[position]);
       for (int h = 0; h < model_.heads.query; ++h) {
-        const int query = (position - block.first) * share + h % share;
-        merge(partial(block, h / share, query), chunks, width_, to + h * width_);
+        const int query = (position - block.first) * share_ + h % share_;
+        merge(partial(block, h / share_, query), stretches, width_, to + h * width_);
       }
       const float* residual = hidden_ + int64_t(position) * hidden_width_;
       if (last) std::copy_n(residual, hidden_width_, out_ + int64_t(r) * hidden_width_);
@@ -302,18 +273,18 @@ class Forward {
 
   const Model& model_;
   const Batch& batch_;
-  const Slab* slabs_;
+  const Slabs& slabs_;
   float *hidden_, *out_;
-  const int width_, qkv_width_, out_width_, hidden_width_;
-  const Attend attend_;
+  const int width_, share_, qkv_width_, out_width_, hidden_width_;
   const std::vector<Block> blocks_;
   const Inputs<Kind> inputs_;
+  Operand<typename Cache::Kind> queries_;
   float *wide_, *partials_;
 };
 
-template <class Kind>
-void run_layers(const Model& model, const Batch& batch, const Slab* slabs, float* hidden, float* out, int threads) {
-  Forward<Kind> forward(model, batch, slabs, hidden, out, threads);
+template <class Kind, class Cache>
+void run_layers(const Model& model, const Batch& batch, const Slabs& slabs, float* hidden, float* out, int threads) {
+  Forward<Kind, Cache> forward(model, batch, slabs, hidden, out, threads);
 #pragma omp parallel num_threads(threads)
   forward.run();
 }
@@ -356,13 +327,15 @@ int fast_dllm_kinds() {
 void fast_dllm_watch(double* seconds) { watched = seconds; }
 
 // All layers over the embedded positions `hidden` [T, H], which are overwritten; out [N, H] is what comes out where it
-// is read. `slabs`: K and V of each layer.
-void fast_dllm_layers(const Model* model, const Batch* batch, const Slab* slabs, float* hidden, float* out,
+// is read.
+void fast_dllm_layers(const Model* model, const Batch* batch, const Slabs* slabs, float* hidden, float* out,
                       int threads) {
+  auto* run = run_layers<BFloat16, BFloat16Cache>;
 #ifdef __AVX512VNNI__
-  if (model->int8) run_layers<Int8>(*model, *batch, slabs, hidden, out, threads);
+  if (model->int8) run = slabs->int8 ? run_layers<Int8, Int8Cache> : run_layers<Int8, BFloat16Cache>;
+  if (!model->int8 && slabs->int8) run = run_layers<BFloat16, Int8Cache>;
 #endif
-  if (!model->int8) run_layers<BFloat16>(*model, *batch, slabs, hidden, out, threads);
+  run(*model, *batch, *slabs, hidden, out, threads);
 }
 
 // out [T, O] = layer(RMSNorm(from [T, I])); no norm where that is null.

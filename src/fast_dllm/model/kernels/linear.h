@@ -41,19 +41,16 @@ struct Int8 {
   typedef __m512i Sum;
   typedef int32_t Input;  // a unit
   static constexpr int kPerUnit = 4, kInputsPerUnit = 1;
-  static Sum zero() { return _mm512_setzero_si512(); }
   // Weights are stored plus 128, since the instruction wants one unsigned side; `undo` takes that out again.
-  template <int rows>
-  static void step(Sum (&acc)[rows][kVectors], const __m512i (&weights)[kVectors], const Input* inputs,
-                   int64_t stride) {
+  static Sum start(int32_t undo) { return _mm512_set1_epi32(-undo); }
+  template <int rows, int vectors>
+  static void step(Sum (&acc)[rows][vectors], const __m512i (&weights)[vectors], const Input* inputs, int64_t stride) {
     UNROLL for (int r = 0; r < rows; ++r)
-      UNROLL for (int v = 0; v < kVectors; ++v)
+      UNROLL for (int v = 0; v < vectors; ++v)
         acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], weights[v], _mm512_set1_epi32(inputs[r * stride]));
   }
-  static __m512 result(Sum acc, int32_t undo) {
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32(acc, _mm512_set1_epi32(undo)));
-  }
-  // Writes the inputs in units, and what `result` has to undo; returns the scale.
+  static __m512 result(Sum acc) { return _mm512_cvtepi32_ps(acc); }
+  // Writes the inputs in units, and what `start` has to undo; returns the scale.
   static float convert(const float* values, int count, Input* units, int32_t* undo) {
     __m512 most = _mm512_set1_ps(1e-30f);
     for (int i = 0; i < count; i += kLanes) most = _mm512_max_ps(most, _mm512_abs_ps(load_some(values + i, count - i)));
@@ -77,18 +74,17 @@ struct BFloat16 {
   typedef __m512 Sum;
   typedef float Input;
   static constexpr int kPerUnit = 2, kInputsPerUnit = 2;
-  static Sum zero() { return _mm512_setzero_ps(); }
-  template <int rows>
-  static void step(Sum (&acc)[rows][kVectors], const __m512i (&weights)[kVectors], const Input* inputs,
-                   int64_t stride) {
+  static Sum start(int32_t) { return _mm512_setzero_ps(); }
+  template <int rows, int vectors>
+  static void step(Sum (&acc)[rows][vectors], const __m512i (&weights)[vectors], const Input* inputs, int64_t stride) {
     UNROLL for (int r = 0; r < rows; ++r)
-      UNROLL for (int v = 0; v < kVectors; ++v)
+      UNROLL for (int v = 0; v < vectors; ++v)
         acc[r][v] = _mm512_fmadd_ps(even(weights[v]), _mm512_set1_ps(inputs[r * stride]), acc[r][v]);
     UNROLL for (int r = 0; r < rows; ++r)
-      UNROLL for (int v = 0; v < kVectors; ++v)
+      UNROLL for (int v = 0; v < vectors; ++v)
         acc[r][v] = _mm512_fmadd_ps(odd(weights[v]), _mm512_set1_ps(inputs[r * stride + 1]), acc[r][v]);
   }
-  static __m512 result(Sum acc, int32_t) { return acc; }
+  static __m512 result(Sum acc) { return acc; }
   static float convert(const float* values, int count, Input* inputs, int32_t* undo) {
     std::memcpy(inputs, values, count * sizeof(float));
     *undo = 0;
@@ -114,7 +110,7 @@ void finish(const typename Kind::Sum (&sums)[rows][kVectors], const Operand<Kind
     for (int r = 0; r < rows; ++r) {
       float* to = out + int64_t(first_row + r) * layer.outputs + output;
       const __m512 by = _mm512_mul_ps(scale, _mm512_set1_ps(inputs.scales[first_row + r]));
-      __m512 value = _mm512_fmadd_ps(Kind::result(sums[r][v], inputs.undo[first_row + r]), by, bias);
+      __m512 value = _mm512_fmadd_ps(Kind::result(sums[r][v]), by, bias);
       if (add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(valid, to));
       _mm512_mask_storeu_ps(to, valid, value);
     }
@@ -128,7 +124,7 @@ void panel(const Operand<Kind>& inputs, int first_row, int units, const __m512i*
            int passes, const Linear& layer, int first_output, float* out, bool add) {
   typename Kind::Sum acc[rows][kVectors];
   UNROLL for (int r = 0; r < rows; ++r)
-    UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = Kind::zero();
+    UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = Kind::start(inputs.undo[first_row + r]);
   const auto* in = inputs.values + first_row * inputs.stride;
   for (int u = 0; u < units; ++u, weights += kVectors, in += Kind::kInputsPerUnit) {
     if (--pass < 0) {
@@ -137,7 +133,7 @@ void panel(const Operand<Kind>& inputs, int first_row, int units, const __m512i*
     }
     __m512i w[kVectors];
     UNROLL for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(weights + v);
-    Kind::template step<rows>(acc, w, in, inputs.stride);
+    Kind::step(acc, w, in, inputs.stride);
   }
   // What follows indexes the sums, and what is indexed lives in memory: a copy, or the loop above would run there too.
   typename Kind::Sum sums[rows][kVectors];

@@ -23,15 +23,15 @@ class WeightMemory:
     def take(self, count: int) -> Tensor:
         """Memory of some bytes, uint8 [count], from the beginning of a cache line on."""
         if count > len(self._rest):
-            self._rest = _block(max(count + _LINE, _BLOCK))
+            self._rest = huge_pages(max(count + _LINE, _BLOCK))
         taken, self._rest = self._rest[:count], self._rest[-(-count // _LINE) * _LINE :]
         return taken
 
 
-def _block(count: int) -> Tensor:
-    """Untouched memory, uint8 [count], from the beginning of a huge page on."""
+def huge_pages(count: int) -> Tensor:
+    """Zeros, uint8 [count], from the beginning of a huge page on where the system has them."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=torch.uint8)
+        return torch.zeros(count, dtype=torch.uint8)
     memory = mmap.mmap(-1, count + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     block = torch.frombuffer(memory, dtype=torch.uint8)

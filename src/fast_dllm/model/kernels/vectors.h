@@ -13,7 +13,8 @@
 
 namespace kernels {
 
-constexpr int kLanes = 16;  // of a vector
+constexpr int kLanes = 16;    // of a vector
+constexpr int kWidest = 256;  // head
 
 template <class Count>
 inline Count up(Count count, Count multiple) {
@@ -28,6 +29,12 @@ inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline float from_bfloat16(uint16_t value) {
+  const uint32_t bits = uint32_t(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
 }
 inline __m512 from_bfloat16(const uint16_t* from) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -45,14 +52,38 @@ constexpr float kLog2e = 1.44269504f;
 inline __m512 power_of_two(__m512 x) {
   x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
   const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(1.535336188e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.339887440e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.618437357e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550332471e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402264791e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931472028e-1f));
+  __m512 p = _mm512_set1_ps(1.327647198e-3f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.675541334e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550713274e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402211972e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931469671e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(p, n);
+}
+
+// The Walsh-Hadamard transform, a rotation, of as many neighbours as the largest power of two in `count` holds, and so on:
+// what a few of them have in excess is shared by all. `count` is a multiple of kLanes.
+inline void hadamard(float* values, int count) {
+  const int size = count & -count;
+  const auto butterfly = [](__m512 x, __m512 other, __mmask16 upper) {
+    return _mm512_mask_sub_ps(_mm512_add_ps(other, x), upper, other, x);
+  };
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(float(size)));
+  for (int i = 0; i < count; i += kLanes) {
+    __m512 x = _mm512_mul_ps(_mm512_loadu_ps(values + i), scale);
+    x = butterfly(x, _mm512_permute_ps(x, 0xb1), 0xaaaa);
+    x = butterfly(x, _mm512_permute_ps(x, 0x4e), 0xcccc);
+    x = butterfly(x, _mm512_shuffle_f32x4(x, x, 0xb1), 0xf0f0);
+    x = butterfly(x, _mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);
+    _mm512_storeu_ps(values + i, x);
+  }
+  for (int half = kLanes; half < size; half *= 2)
+    for (int i = 0; i < count; i += kLanes) {
+      if (i & half) continue;
+      const __m512 a = _mm512_loadu_ps(values + i), b = _mm512_loadu_ps(values + i + half);
+      _mm512_storeu_ps(values + i, _mm512_add_ps(a, b));
+      _mm512_storeu_ps(values + i + half, _mm512_sub_ps(a, b));
+    }
 }
 
 // x * sigmoid(x), through a power that is not above 1, so that nothing overflows.
