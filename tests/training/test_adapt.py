@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, load_checkpoint, save_checkpoint
 from fast_dllm.config import BlockDiffusionConfig
@@ -14,6 +14,7 @@ from fast_dllm.data.chat import Sample
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.training import adapt as adapt_module
 from fast_dllm.training.adapt import adapt
+from fast_dllm.training.callbacks import Watchdog
 from fast_dllm.training.evaluation import ProbeItem
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.trainer import BlockDiffusionTrainer
@@ -192,6 +193,21 @@ def test_a_diverging_loss_ends_the_run(base, tmp_path):
     options = replace(OPTIONS, steps=200, learning_rate=1.0, lora_rank=0, schedule="constant")
     with pytest.raises(FastDLLMError, match=r"the loss diverges: .* nats on average over 20 steps"):
         adapt(base, make_samples(), options, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("weight", "ends"), [(1.0, True), (7.0, False)])
+def test_how_far_a_loss_may_rise_goes_with_its_weight(weight, ends, tmp_path):
+    watchdog, state, arguments = Watchdog(weight), TrainerState(), TrainingArguments(output_dir=str(tmp_path))
+
+    def run():
+        for loss in [2.0] * 20 + [5.0] * 20:
+            watchdog.on_log(arguments, state, TrainerControl(), {"loss": loss})
+
+    if ends:
+        with pytest.raises(FastDLLMError, match="the loss diverges"):
+            run()
+    else:
+        run()
 
 
 def test_the_log_goes_to_tensorboard(base, tmp_path):

@@ -92,14 +92,19 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
 class Watchdog(TrainerCallback):  # type: ignore[misc]
     """Ends a run whose loss is lost. A step is logged before it is saved, so the last save is from before.
 
-    Lost is: not finite, or the mean of the last 20 steps is more than 1.5 nats above the lowest one so far. A learning
-    rate that is too high shows in this; a hard batch does not.
+    Lost is: not finite, or the mean of the last 20 steps is more than 1.5 nats (times the weight of the loss) above the
+    lowest one so far. A learning rate that is too high shows in this; a hard batch does not.
     """
 
     _WINDOW = 20
-    _MOST_RISE = 1.5
 
-    def __init__(self) -> None:
+    def __init__(self, weight: float) -> None:
+        """Watch a loss.
+
+        Args:
+            weight: sum of the weights of its parts.
+        """
+        self._most_rise = 1.5 * weight
         self._recent: deque[float] = deque(maxlen=self._WINDOW)
         self._lowest = math.inf
 
@@ -129,7 +134,7 @@ class Watchdog(TrainerCallback):  # type: ignore[misc]
             if not math.isfinite(value):
                 raise FastDLLMError(f"step {state.global_step}: the {name} is {value}; {remedy}")
         mean = self._add(loss)
-        if mean > self._lowest + self._MOST_RISE:
+        if mean > self._lowest + self._most_rise:
             raise FastDLLMError(
                 f"step {state.global_step}: the loss diverges: {mean:.2f} nats on average over {self._WINDOW} steps, "
                 f"after {self._lowest:.2f}; {remedy}"
