@@ -120,3 +120,10 @@ def test_a_model_without_an_autoregressive_answer_is_refused(attention):
     config = BlockDiffusionConfig(mask_token_id=MASK, block_size=8, context_attention=attention)
     with pytest.raises(FastDLLMError, match="autoregressive answer"):
         Case("llama", config, tokens(1, 9), DecodingConfig(verify=True)).decode()
+
+
+def test_the_threshold_is_lower_where_it_does_not_decide_the_answer():
+    causal, block = (BlockDiffusionConfig(mask_token_id=63, context_attention=kind) for kind in ("causal", "block"))
+    assert DecodingConfig().threshold_on(causal) < DecodingConfig().threshold_on(block) == 0.9
+    assert DecodingConfig(verify=False).threshold_on(causal) == 0.9
+    assert DecodingConfig(threshold=0.3).threshold_on(causal) == 0.3

@@ -21,7 +21,7 @@ def measure_first_token(bench: Bench) -> None:
     calls = {
         (length, dtype, setting): partial(_first_token, lm, bench.questions.long_prompt(length), setting)
         for length in bench.lengths("first token", plan.prompt_lengths, room=_NEW_TOKENS)
-        for dtype, lm, setting in usual_ways(bench.models, plan.usual_threshold)
+        for dtype, lm, setting in usual_ways(bench.models, plan.thresholds)
     }
     timed = bench.race("first token", calls, plan.first_token_rounds)
     for (length, dtype, setting), rounds in timed.items():

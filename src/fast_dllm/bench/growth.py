@@ -25,7 +25,7 @@ def growth_parts(bench: Bench) -> Iterator[Part]:
 
 
 def _measure(bench: Bench, dtype: str) -> None:
-    ways = [setting for own, _, setting in usual_ways(bench.models, bench.plan.usual_threshold) if own == dtype]
+    ways = [setting for own, _, setting in usual_ways(bench.models, bench.plan.thresholds) if own == dtype]
     sizes = list(dict.fromkeys(_sizes(bench)))
     prepared: dict[tuple[int, int], Continuation] = {}
     with bench.calls(f"growth, {dtype}: prompts", len(sizes)) as advance:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fast_dllm.config import CacheDtype, DecodingConfig
+from fast_dllm.config import CacheDtype
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS
 from fast_dllm.errors import FastDLLMError
 
@@ -22,7 +22,7 @@ class Plan:
         items: questions asked.
         batches: prompts decoded at once.
         every_way_up_to: largest batch at which every way to decode in blocks is measured; only the first one above.
-        thresholds: of block diffusion.
+        thresholds: of block diffusion; none is the default of each way to decode.
         rounds: least number of repetitions of a batch size; enough to ask all items otherwise.
         positions: tokens of a measured forward.
         contexts: tokens in the cache before it.
@@ -53,19 +53,13 @@ class Plan:
     growth_tokens: int
     growth_rounds: int
 
-    @property
-    def usual_threshold(self) -> float:
-        """The threshold where one is enough: the default if it is among those chosen, else the last of them."""
-        default = DecodingConfig().threshold
-        return default if default in self.thresholds else self.thresholds[-1]
-
 
 SMALL = Plan(
     dtypes=("bfloat16", "int8"),
     items=8,
     batches=(1, 16),
     every_way_up_to=1,
-    thresholds=(0.9,),
+    thresholds=(),
     rounds=2,
     positions=(1, 8, 32),
     contexts=(512,),

@@ -50,8 +50,8 @@ def measure_peers(bench: Bench, standings: dict[Contestant, Standing]) -> None:
 
     Args:
         bench: gets `ar_over_transformers`, `diffusion_over_llamacpp`, and the peers' own rates.
-        standings: of the throughput table at batch 1; names our fastest settings. Without any, threshold 0.9 and
-            the first way to decode.
+        standings: of the throughput table at batch 1; names our fastest settings. Without any, the default
+            way to decode.
     """
     ours = _our_contestants(bench, standings)
     with _peers(bench) as peers:
@@ -75,7 +75,7 @@ def _our_contestants(bench: Bench, standings: dict[Contestant, Standing]) -> lis
         ar = standings.get((dtype, AR))
         fast = fastest(standings, dtype)
         equal = fastest(standings, dtype, least_accuracy=ar.accuracy) if ar else None
-        chosen = dict.fromkeys((fast or diffusion(lm, 0.9), equal))
+        chosen = dict.fromkeys((fast or diffusion(lm), equal))
         ours += [(dtype, setting) for setting in chosen if setting is not None]
     return ours
 
@@ -83,7 +83,7 @@ def _our_contestants(bench: Bench, standings: dict[Contestant, Standing]) -> lis
 def _answer_lengths(bench: Bench) -> dict[int, int]:
     """New tokens of our AR answers (item numbers as keys), so that every peer makes as many."""
     lm = next(iter(bench.models.values()))
-    setting = AR if can_go_one_by_one(lm) else diffusion(lm, 0.9)
+    setting = AR if can_go_one_by_one(lm) else diffusion(lm)
     most = bench.options.max_new_tokens
     prompts = bench.questions.prompts[: bench.plan.peer_items]
     lengths = {number: len(ask(lm, [prompt], setting, most).answers[0]) for number, prompt in enumerate(prompts)}

@@ -1,6 +1,6 @@
 """The ways to decode that are compared."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +66,16 @@ class Setting:
 AR = Setting(None)
 
 
-def diffusion(lm: BlockDiffusionLM, threshold: float) -> Setting:
-    """Block diffusion at a threshold, as a model does it unless told otherwise."""
-    return Setting(threshold, tuple(sorted(block_settings(lm)[0].items())))
+def diffusion(lm: BlockDiffusionLM, threshold: float | None = None, way: Mapping[str, Any] | None = None) -> Setting:
+    """Block diffusion.
+
+    Args:
+        lm: the model.
+        threshold: None takes the default of this way.
+        way: fields of `DecodingConfig`; None takes the model's default way.
+    """
+    way = block_settings(lm)[0] if way is None else way
+    return Setting(DecodingConfig(threshold=threshold, **way).threshold_on(lm.config), tuple(sorted(way.items())))
 
 
 def block_settings(lm: BlockDiffusionLM) -> list[Mapping[str, Any]]:
@@ -87,19 +94,26 @@ def can_go_one_by_one(lm: BlockDiffusionLM) -> bool:
     return lm.config.context_attention != "full"
 
 
-def settings_for(lm: BlockDiffusionLM, thresholds: Iterable[float], *, every_way: bool) -> list[Setting]:
+def settings_for(lm: BlockDiffusionLM, thresholds: Sequence[float], *, every_way: bool) -> list[Setting]:
     """Ways to decode that a model knows: AR, then block diffusion at each threshold, in each way or its default."""
     ways = [AR] if can_go_one_by_one(lm) else []
     if can_diffuse(lm):
         chosen = block_settings(lm)[: None if every_way else 1]
-        ways += [Setting(threshold, tuple(sorted(one.items()))) for threshold in thresholds for one in chosen]
+        each: Sequence[float | None] = thresholds or [None]
+        ways += [diffusion(lm, threshold, way) for threshold in each for way in chosen]
     return ways
 
 
+def usual_settings(lm: BlockDiffusionLM, thresholds: Sequence[float]) -> list[Setting]:
+    """AR, and the default block diffusion at one threshold: the default if it is chosen or none is, else the last."""
+    default = diffusion(lm).threshold
+    return settings_for(lm, [] if default in thresholds else thresholds[-1:], every_way=False)
+
+
 def usual_ways(
-    models: Mapping[str, BlockDiffusionLM], threshold: float
+    models: Mapping[str, BlockDiffusionLM], thresholds: Sequence[float]
 ) -> Iterator[tuple[str, BlockDiffusionLM, Setting]]:
-    """(dtype, model, setting) of AR and of the default block diffusion, for every model."""
+    """(dtype, model, setting) of the usual settings of every model."""
     for dtype, lm in models.items():
-        for setting in settings_for(lm, [threshold], every_way=False):
+        for setting in usual_settings(lm, thresholds):
             yield dtype, lm, setting

@@ -101,9 +101,9 @@ def reference_generate(
                 tokens, confidences = _choose(logits[read], config, decoding, [draws[i - len(prompt)] for i in masked])
                 if fused and config.token_shift and masked[0] == block_start:
                     # The first look at a block, in the forward that commits the one before it.
-                    revealed = [0, *(1 + rest for rest in _reveal(confidences[1:], decoding))]
+                    revealed = [0, *(1 + rest for rest in _reveal(confidences[1:], config, decoding))]
                 else:
-                    revealed = _reveal(confidences, decoding)
+                    revealed = _reveal(confidences, config, decoding)
                 for chosen in revealed:
                     sequence[masked[chosen]] = tokens[chosen]
                 if (answer := ended()) is not None:
@@ -178,11 +178,11 @@ def _confidence(distribution: list[float], token: int, measure: ConfidenceMeasur
     return 1 - entropy / math.log(len(distribution))
 
 
-def _reveal(confidences: list[float], decoding: DecodingConfig) -> list[int]:
+def _reveal(confidences: list[float], config: BlockDiffusionConfig, decoding: DecodingConfig) -> list[int]:
     """Which of the masked positions a step reveals; always the most confident one, the lowest on a tie."""
     ranking = sorted(range(len(confidences)), key=lambda i: (-confidences[i], i))
     if decoding.policy == "threshold":
-        return [i for i in ranking if i == ranking[0] or confidences[i] > decoding.threshold]
+        return [i for i in ranking if i == ranking[0] or confidences[i] > decoding.threshold_on(config)]
     count = 1
     if decoding.policy == "fixed":
         count = decoding.tokens_per_step

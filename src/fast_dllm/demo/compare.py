@@ -22,7 +22,7 @@ MODES: tuple[Mode, Mode] = ("ar", "diffusion")
 
 DECODING: dict[Mode, DecodingConfig] = {
     "ar": DecodingConfig(max_new_tokens=128, block_size=1, small_block_size=1),
-    "diffusion": DecodingConfig(max_new_tokens=128, threshold=0.9),
+    "diffusion": DecodingConfig(max_new_tokens=128),
 }
 
 

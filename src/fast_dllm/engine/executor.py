@@ -135,7 +135,8 @@ class Executor:
         return revealed
 
     def _policies(self, settings: list[DecodingConfig], dtype: torch.dtype) -> PolicyParameters:
-        thresholds = [[s.threshold if s.policy == "threshold" else torch.inf] for s in settings]
+        model = self._config
+        thresholds = [[s.threshold_on(model) if s.policy == "threshold" else torch.inf] for s in settings]
         threshold = self._tensor(thresholds, dtype)
         if all(s.policy == "threshold" for s in settings):
             return PolicyParameters(threshold)
