@@ -185,6 +185,8 @@ def test_llama_cpp_is_named_where_its_package_is_missing(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def bare(plain, tmp_path_factory):
     """A run on an autoregressive model, with one thread more than before and without matplotlib."""
+    import reasoning_gym  # noqa: F401  (it imports matplotlib itself)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
         out = tmp_path_factory.mktemp("bare")

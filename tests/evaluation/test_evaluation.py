@@ -8,8 +8,8 @@ from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.cli.app import main
 from fast_dllm.data.tasks import held_out_items
 from fast_dllm.evaluation.benchmark import evaluate
-from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, seen_in_training
-from fast_dllm.evaluation.procedural import ProceduralBenchmark, held_out_questions
+from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, seen_in_training, unseen_questions
+from fast_dllm.evaluation.procedural import ProceduralBenchmark
 from fast_dllm.evaluation.ways import AUTOREGRESSIVE, ways_to_decode
 from tiny import save_tiny
 
@@ -39,7 +39,7 @@ def test_questions_that_the_box_was_trained_on_are_left_out():
     seen = seen_in_training()
     # Of this small task, many of the held-out questions were.
     assert any(item.question in seen for item in held_out_items(["basic_arithmetic"], 120, seed=0))
-    asked = held_out_questions(["basic_arithmetic"], 60)
+    asked = unseen_questions(["basic_arithmetic"], 60)
     assert len({item.question for item in asked} - seen) == 60
 
 

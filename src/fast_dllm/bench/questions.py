@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast_dllm.bench.timing import WARM_UP
-from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, is_correct, train_and_test
+from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, is_correct
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.evaluation.box import TASKS_OF_THE_BOX
+from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, unseen_questions
 from fast_dllm.text import ChatText
 
 
@@ -65,8 +65,7 @@ def ask_about(tokenizer: Any, count: int, *, seed: int) -> Questions:
     """
     if tokenizer is None:
         raise FastDLLMError("this model has no tokenizer; the benchmark asks its questions as text")
-    _, test = train_and_test(TASKS_OF_THE_BOX, 0, RESERVED_TEST_ITEMS, seed=0)
-    *test, warm_up = test
+    *test, warm_up = unseen_questions(TASKS_OF_THE_BOX, RESERVED_TEST_ITEMS)
     if seed:
         random.Random(seed).shuffle(test)
     text = ChatText(tokenizer)

@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, train_and_test
+from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, make_items
 from fast_dllm.demo.compare import DECODING, compare, print_totals, totals
 from fast_dllm.demo.live import adapt_live, busy
 from fast_dllm.demo.report import write_report
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.evaluation.box import TASKS_OF_THE_BOX
+from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, unseen_questions
 
 _LIVE_TRAINING = 2000
 
@@ -53,18 +53,21 @@ def run_demo(
         raise FastDLLMError(f"questions={questions}: must be from 1 to {RESERVED_TEST_ITEMS - 1}")
     if not minutes > 0:
         raise FastDLLMError(f"minutes={minutes:g}: must be above 0; to leave the live adaptation out, turn it off")
-    train, test = train_and_test(TASKS_OF_THE_BOX, _LIVE_TRAINING, RESERVED_TEST_ITEMS, seed=0)
     console.rule("1. Load an adapted model")
     with busy(console, f"Loading {model}"):
         answering = _load(model)
+        *test, warm_up = unseen_questions(TASKS_OF_THE_BOX, RESERVED_TEST_ITEMS)
     console.print(answering.checkpoint.origin, markup=False)
     live = None
     if adapt:
         console.rule("2. Adapt an autoregressive model, live")
+        train = make_items(
+            TASKS_OF_THE_BOX, _LIVE_TRAINING, seed=0, exclude={item.question for item in (*test, warm_up)}
+        )
         live = adapt_live(base, train, test, minutes, out, console)
         _print_live(live, console)
     console.rule("3. Held-out questions, both ways")
-    pairs = compare(answering, test[:questions], test[-1], console)
+    pairs = compare(answering, test[:questions], warm_up, console)
     report = {
         **totals(pairs),
         "settings": _settings(answering),
@@ -100,7 +103,10 @@ def _print_live(live: dict[str, Any], console: Console) -> None:
 
 def _settings(model: BlockDiffusionLM) -> dict[str, Any]:
     return {
-        **{mode: decoding.to_dict() for mode, decoding in DECODING.items()},
+        **{
+            mode: {**decoding.to_dict(), "threshold": decoding.threshold_on(model.config)}
+            for mode, decoding in DECODING.items()
+        },
         "block_size": model.config.block_size,
         "threads": torch.get_num_threads(),
         "device": str(model.checkpoint.model.device),

@@ -1,9 +1,13 @@
 """What the recipes of this repository train on, so that their models are asked nothing else."""
 
-from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, held_out_items, make_items
+from collections.abc import Sequence
+from functools import cache
+
+from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, held_out_items, make_items
+from fast_dllm.errors import FastDLLMError
 
 TASKS_OF_THE_BOX = ("chain_sum", "leg_counting", "number_sorting", "basic_arithmetic")
-"""Of the model in the box (`recipes/smollm2-*.json`)."""
+"""Of the model in the box and its AR baseline (`recipes/smollm2-*.json`)."""
 
 TASKS_OF_THE_VARIANTS = (*TASKS_OF_THE_BOX, "letter_counting", "word_sorting")
 """Of the models that are compared with each other (`recipes/variants/`)."""
@@ -11,10 +15,29 @@ TASKS_OF_THE_VARIANTS = (*TASKS_OF_THE_BOX, "letter_counting", "word_sorting")
 _TRAINED = ((TASKS_OF_THE_BOX, 16_000), (TASKS_OF_THE_VARIANTS, 6_000))
 
 
-def seen_in_training() -> set[str]:
+@cache
+def seen_in_training() -> frozenset[str]:
     """Questions that a recipe trained on; small tasks repeat some of them among held-out items."""
-    seen = set()
+    seen: set[str] = set()
     for tasks, count in _TRAINED:
         reserved = {item.question for item in held_out_items(tasks, RESERVED_TEST_ITEMS, seed=0)}
         seen |= {item.question for item in make_items(tasks, count, seed=0, exclude=reserved)}
-    return seen
+    return frozenset(seen)
+
+
+def unseen_questions(tasks: Sequence[str], count: int) -> list[Item]:
+    """Questions for a test.
+
+    Args:
+        tasks: names in `data.tasks.TASKS`.
+        count: how many, over all tasks; no recipe of this repository trains on any of them.
+
+    Raises:
+        FastDLLMError: for an unknown task, or more questions than there are.
+    """
+    # Twice as many as asked for: some tasks are small, and half of their questions may have been trained on.
+    held_out = held_out_items(tasks, 2 * count, seed=0)
+    items = [item for item in held_out if item.question not in seen_in_training()][:count]
+    if len(items) < count:
+        raise FastDLLMError(f"only {len(items)} held-out questions are left of these tasks; lower --items")
+    return items

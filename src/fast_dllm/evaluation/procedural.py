@@ -6,9 +6,7 @@ from typing import Any
 
 from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.config import DecodingConfig
-from fast_dllm.data.tasks import Item, held_out_items, is_correct
-from fast_dllm.errors import FastDLLMError
-from fast_dllm.evaluation.box import seen_in_training
+from fast_dllm.data.tasks import Item, is_correct
 from fast_dllm.evaluation.outcome import Outcome
 
 MAX_NEW_TOKENS = 128
@@ -53,22 +51,3 @@ class ProceduralBenchmark:
             statistics.append(reply.statistics)
             advance()
         return Outcome([item.task for item in self.items], right, statistics)
-
-
-def held_out_questions(tasks: Sequence[str], count: int) -> list[Item]:
-    """Questions for a test.
-
-    Args:
-        tasks: names in `data.tasks.TASKS`.
-        count: how many, over all tasks; no recipe of this repository trains on any of them.
-
-    Raises:
-        FastDLLMError: for an unknown task, or more questions than there are.
-    """
-    seen = seen_in_training()
-    # Twice as many as asked for: some tasks are small, and half of their questions may have been trained on.
-    held_out = held_out_items(tasks, 2 * count, seed=0)
-    items = [item for item in held_out if item.question not in seen][:count]
-    if len(items) < count:
-        raise FastDLLMError(f"only {len(items)} held-out questions are left of these tasks; lower --items")
-    return items

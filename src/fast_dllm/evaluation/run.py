@@ -12,10 +12,10 @@ from fast_dllm.config import CacheDtype, DecodingConfig
 from fast_dllm.data.tasks import TASKS
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.evaluation.benchmark import Benchmark, evaluate
-from fast_dllm.evaluation.box import TASKS_OF_THE_BOX
+from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, unseen_questions
 from fast_dllm.evaluation.harness_tasks import load_benchmarks
 from fast_dllm.evaluation.outcome import Outcome
-from fast_dllm.evaluation.procedural import MAX_NEW_TOKENS, ProceduralBenchmark, held_out_questions
+from fast_dllm.evaluation.procedural import MAX_NEW_TOKENS, ProceduralBenchmark
 from fast_dllm.evaluation.report import print_report, to_report
 from fast_dllm.evaluation.ways import AUTOREGRESSIVE, ways_to_decode
 
@@ -117,7 +117,7 @@ def _procedural(names: Sequence[str], count: int | None, max_new_tokens: int | N
     tasks = [name for name in names if name in TASKS]
     if not tasks:
         return []
-    items = held_out_questions(tasks, PROCEDURAL_QUESTIONS if count is None else count)
+    items = unseen_questions(tasks, PROCEDURAL_QUESTIONS if count is None else count)
     return [ProceduralBenchmark(items, MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens)]
 
 
