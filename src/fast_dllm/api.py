@@ -92,8 +92,9 @@ class BlockDiffusionLM:
             trust_remote_code: run code from the checkpoint; off unless you trust it.
             compile: compile the native backbone's torch path; the first forwards take seconds each, and on a GPU later
                 ones replay CUDA graphs.
-            cache_dtype: "int8" keeps K/V in 8 bits (a scale per position and head), for long contexts on a CPU; needs
-                our own CPU kernels. None takes their bfloat16, or the model's dtype elsewhere.
+            cache_dtype: "int8" keeps K/V in 8 bits (a scale per position and head), half the memory and faster behind
+                long contexts; "bfloat16" does not round them. Both need our own CPU kernels. None takes int8 beside
+                weights in int8, else bfloat16, and the model's dtype where torch computes.
 
         Raises:
             FastDLLMError: when the checkpoint is missing, broken or unknown.

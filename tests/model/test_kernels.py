@@ -251,7 +251,7 @@ def test_long_contexts_are_done_in_parts_that_change_nothing(kind, int8_cache):
 
 def own_backbone(kind, architecture, attention="block", *, int8_cache=False):
     model = tiny_model(architecture, head_dim=16, dtype=torch.float32 if kind == "int8" else torch.bfloat16)
-    precision, cache_dtype = "int8" if kind == "int8" else "dense", "int8" if int8_cache else None
+    precision, cache_dtype = "int8" if kind == "int8" else "dense", "int8" if int8_cache else "bfloat16"
     return NativeBackbone(model, attention, precision=precision, kernels="own", cache_dtype=cache_dtype)
 
 
@@ -325,6 +325,13 @@ def test_an_int8_cache_takes_half_the_memory():
 def test_a_step_allocates_nothing_that_grows_with_the_context(int8_cache):
     native = own_backbone("int8", "llama", int8_cache=int8_cache)
     assert 0 < bytes_allocated(native, 2048) <= bytes_allocated(native, 512)
+
+
+@both_kinds
+def test_keys_and_values_are_int8_where_the_weights_are(kind):
+    model = tiny_model("llama", head_dim=16, dtype=torch.float32 if kind == "int8" else torch.bfloat16)
+    native = NativeBackbone(model, "causal", precision="int8" if kind == "int8" else "dense")
+    assert native.cache_dtype == kind
 
 
 @pytest.mark.parametrize(

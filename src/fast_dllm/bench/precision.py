@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from fast_dllm.api import BlockDiffusionLM, make_backbone
 from fast_dllm.bench.bench import Bench
-from fast_dllm.bench.setting import Setting, settings_for
+from fast_dllm.bench.setting import Setting, usual_settings
 from fast_dllm.bench.throughput import ask
+from fast_dllm.config import CacheDtype
 from fast_dllm.model.kernels import why_no_kernels
 from fast_dllm.model.native import NativeBackbone
 
@@ -40,9 +41,9 @@ def measure_precision(bench: Bench) -> None:
         bench: gets `precision`: records whose value is the share of right answers, with `standard_error`,
             `same_tokens` and `same_answers` (see `Agreement`), and `same_in_batch`: the share of questions whose
             tokens in a batch are those alone. bfloat16 is measured on torch's kernels beside our own, and our own
-            also with the K/V cache in int8 (`cache_dtype`).
+            also with the other dtype of the K/V cache (`cache_dtype`).
     """
-    for way in settings_for(_reference(bench), [bench.plan.usual_threshold], every_way=False):
+    for way in usual_settings(_reference(bench), bench.plan.thresholds):
         reference: Answers | None = None
         contestants = list(_contestants(bench))
         with bench.calls(f"precision, {way}", len(contestants)) as advance:
@@ -68,8 +69,9 @@ def _contestants(bench: Bench) -> Iterator[tuple[str, BlockDiffusionLM]]:
         yield dtype, lm
         if not isinstance(lm.backbone, NativeBackbone) or not lm.backbone.kernels.startswith("own"):
             continue
-        if lm.backbone.cache_dtype != "int8" and why_no_kernels("int8") is None:
-            backbone = make_backbone(lm.checkpoint, int8=dtype == "int8", cache_dtype="int8")
+        if why_no_kernels("int8") is None:
+            other: CacheDtype = "bfloat16" if lm.backbone.cache_dtype == "int8" else "int8"
+            backbone = make_backbone(lm.checkpoint, int8=dtype == "int8", cache_dtype=other)
             yield dtype, BlockDiffusionLM(lm.checkpoint, backbone)
         if dtype == "bfloat16":
             model, attention = lm.checkpoint.model, lm.config.context_attention

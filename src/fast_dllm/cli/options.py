@@ -32,7 +32,7 @@ DtypeOption = Annotated[
 ]
 CacheDtypeOption = Annotated[
     CacheDtype | None,
-    typer.Option("--cache-dtype", help="Of K/V: bfloat16 or int8 (long contexts); needs our own CPU kernels."),
+    typer.Option("--cache-dtype", help="Of K/V, on a CPU: int8 (the default with --dtype int8) or bfloat16."),
 ]
 CompileOption = Annotated[
     bool, typer.Option("--compile", help="Compile the torch path: seconds at first, CUDA graphs on a GPU.")

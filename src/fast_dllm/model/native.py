@@ -59,7 +59,7 @@ class NativeBackbone:
             precision: "int8" quantises the linear layers; "dense" keeps the model's dtype.
             kernels: "own" takes our CPU kernels (int8 and bfloat16), "torch" torch's; "auto" our own where they run.
             compile: compile torch's steps (`compiled.py`) instead; on a GPU they replay CUDA graphs.
-            cache_dtype: of K/V, in our own kernels only; None takes bfloat16 there.
+            cache_dtype: of K/V, in our own kernels only; None takes int8 beside weights in int8, else bfloat16.
 
         Raises:
             FastDLLMError: for a model that it does not know, or when the precision or the cache's dtype has no kernel
@@ -78,7 +78,8 @@ class NativeBackbone:
         if kernels == "own" and why_not is not None:
             raise FastDLLMError(f"our CPU kernels cannot run this model: {why_not}; use kernels='torch'")
         own = kernels != "torch" and why_not is None
-        self.cache_dtype = _checked_cache_dtype(cache_dtype, None if own else why_not or "torch computes, as asked")
+        why_no_choice = None if own else why_not or "torch computes, as asked"
+        self.cache_dtype = _cache_dtype(cache_dtype, precision, why_no_choice)
         if own or precision == "int8":
             shape = read_shape(model, torch.float32)
         self.kernels = "own CPU kernels" if own else f"torch ({why_not or 'as asked'})"
@@ -136,7 +137,7 @@ class NativeBackbone:
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _checked_cache_dtype(wanted: CacheDtype | None, why_not_own: str | None) -> CacheDtype | None:
+def _cache_dtype(wanted: CacheDtype | None, precision: Precision, why_not_own: str | None) -> CacheDtype | None:
     """The dtype of K/V in our own kernels; None without them."""
     if wanted not in (None, *get_args(CacheDtype)):
         raise FastDLLMError(f"cache_dtype={wanted!r}: must be {' or '.join(map(repr, get_args(CacheDtype)))}")
@@ -144,7 +145,9 @@ def _checked_cache_dtype(wanted: CacheDtype | None, why_not_own: str | None) -> 
         why_not_own = why_no_kernels("int8")
     if wanted is not None and why_not_own is not None:
         raise FastDLLMError(f"cache_dtype={wanted!r} needs our own CPU kernels ({why_not_own}); leave it out")
-    return None if why_not_own is not None else wanted or "bfloat16"
+    if why_not_own is not None:
+        return None
+    return wanted or ("int8" if precision == "int8" else "bfloat16")
 
 
 def _why_not_own(model: "PreTrainedModel", shape: Shape, precision: Precision) -> str | None:

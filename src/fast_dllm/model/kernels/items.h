@@ -35,6 +35,7 @@ struct Block {
   std::vector<Item> items;
 };
 
+constexpr int kFewItems = 16;
 constexpr int64_t kPartials = 1 << 21;  // floats of a block
 
 inline std::vector<Block> blocks_of(const Batch& batch, const Heads& heads) {
@@ -49,8 +50,10 @@ inline std::vector<Block> blocks_of(const Batch& batch, const Heads& heads) {
       if (from >= to) continue;
       const int first = (from - block.first) * share, queries = (to - from) * share;
       const int longest = *std::max_element(batch.ends + from, batch.ends + to);
-      // Shares of equal size, as whole products like them.
-      const int shares = (queries + kQueries - 1) / kQueries, most = up((queries + shares - 1) / shares, kMostRows);
+      // Queries that share keys save loads; but a few long items keep threads waiting for each other.
+      const bool few = batch.rows * heads.kv * stretches_of(longest) < kFewItems;
+      const int together = few ? kQueries / 2 : kQueries, shares = (queries + together - 1) / together;
+      const int most = up((queries + shares - 1) / shares, kMostRows / 2);
       for (int h = 0; h < heads.kv; ++h)
         for (int q = 0; q < queries; q += most)
           for (int s = 0; s < stretches_of(longest); ++s)
