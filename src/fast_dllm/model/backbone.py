@@ -156,7 +156,7 @@ class Backbone(Protocol):
         ...
 
     def new_cache(self, slots: int, max_length: int) -> KVCache:
-        """Allocate a slab for this model."""
+        """Allocate memory for K/V of this model."""
         ...
 
     def forward(self, batch: ForwardBatch, cache: Any) -> Tensor:
