@@ -61,9 +61,8 @@ def run_demo(
     live = None
     if adapt:
         console.rule("2. Adapt an autoregressive model, live")
-        train = make_items(
-            TASKS_OF_THE_BOX, _LIVE_TRAINING, seed=0, exclude={item.question for item in (*test, warm_up)}
-        )
+        asked = {item.question for item in (*test, warm_up)}
+        train = make_items(TASKS_OF_THE_BOX, _LIVE_TRAINING, seed=0, exclude=asked)
         live = adapt_live(base, train, test, minutes, out, console)
         _print_live(live, console)
     console.rule("3. Held-out questions, both ways")

@@ -35,9 +35,10 @@ def unseen_questions(tasks: Sequence[str], count: int) -> list[Item]:
     Raises:
         FastDLLMError: for an unknown task, or more questions than there are.
     """
+    seen = seen_in_training()
     # Twice as many as asked for: some tasks are small, and half of their questions may have been trained on.
     held_out = held_out_items(tasks, 2 * count, seed=0)
-    items = [item for item in held_out if item.question not in seen_in_training()][:count]
+    items = [item for item in held_out if item.question not in seen][:count]
     if len(items) < count:
         raise FastDLLMError(f"only {len(items)} held-out questions are left of these tasks; lower --items")
     return items
