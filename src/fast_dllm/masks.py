@@ -67,18 +67,20 @@ def _at(tokens: Tokens, *index: Tensor | slice | None) -> Tokens:
     return Tokens(*(field[index] for field in tokens))
 
 
-def dense_mask(tokens: Tokens, attention: ContextAttention) -> Tensor:
-    """Mask of a training sequence over itself.
+def dense_mask(tokens: Tokens, attention: ContextAttention, *, keys: Tokens | None = None) -> Tensor:
+    """Mask of a training sequence over itself, or over other keys.
 
     Args:
         tokens: fields of shape [B, T].
         attention: who sees whom among clean tokens.
+        keys: fields of shape [B, K]; None is the sequence itself.
 
     Returns:
-        bool [B, 1, T, T], true where the query (third axis) sees the key (fourth).
+        bool [B, 1, T, K], true where the query (third axis) sees the key (fourth).
     """
     every = slice(None)
-    return visible(_at(tokens, every, every, None), _at(tokens, every, None, every), attention)[:, None]
+    looked_at = _at(tokens if keys is None else keys, every, None, every)
+    return visible(_at(tokens, every, every, None), looked_at, attention)[:, None]
 
 
 def flex_mask(tokens: Tokens, attention: ContextAttention):  # type: ignore[no-untyped-def]  # noqa: ANN201

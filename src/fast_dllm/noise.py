@@ -8,7 +8,12 @@ EPSILON = 1e-3
 
 
 def draw_views(
-    loss_mask: Tensor, block_size: int, generator: torch.Generator | None = None, *, complementary: bool = True
+    loss_mask: Tensor,
+    block_size: int,
+    generator: torch.Generator | None = None,
+    *,
+    complementary: bool = True,
+    mask_ratio: float | None = None,
 ) -> Tensor:
     """Draw the noisy views of a batch.
 
@@ -21,6 +26,8 @@ def draw_views(
         block_size: D.
         generator: a CPU generator; None takes torch's global one.
         complementary: draw view 2 too.
+        mask_ratio: p of every block, instead of one drawn for each; at 1 view 1 hides every answer, as a draft's first
+            look does, and view 2 none.
 
     Returns:
         bool [V, ..., L], true where the view hides the token; V is 2, or 1 if not `complementary`.
@@ -29,6 +36,7 @@ def draw_views(
     # The order of the two draws is the published code's: recorded losses are reproduced from the seed alone.
     t = torch.rand(blocks, generator=generator)
     u = torch.rand(blocks, block_size, generator=generator)
-    hidden = (u < ((1 - EPSILON) * t + EPSILON)[:, None]).view(loss_mask.shape).to(loss_mask.device)
+    p = (1 - EPSILON) * t + EPSILON if mask_ratio is None else torch.full_like(t, mask_ratio)
+    hidden = (u < p[:, None]).view(loss_mask.shape).to(loss_mask.device)
     views = [hidden & loss_mask, ~hidden & loss_mask] if complementary else [hidden & loss_mask]
     return torch.stack(views)

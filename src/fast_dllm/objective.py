@@ -87,18 +87,35 @@ def lay_out(
     fields = [field.repeat(1, len(streams)) for field in (position, block, index, document)]
 
     flat_keep = keep.transpose(0, 1).reshape(rows, -1)
-    width = int(flat_keep.sum(1).max())
-    # A stable sort moves the kept columns to the front in their own order.
-    column = torch.argsort(~flat_keep, dim=1, stable=True)[:, :width]
-    padding = ~flat_keep.gather(1, column)
-    ids, stream, position, block, index, document = (x.gather(1, column) for x in (ids, stream, *fields))
-    tokens = Tokens(stream.masked_fill(padding, CLEAN), block, index, document.masked_fill(padding, NOWHERE))
+    position, *of_stream = fields
+    ids, position, tokens = select(flat_keep, ids, position, Tokens(stream, *of_stream))
 
     rank = flat_keep.cumsum(1) - 1
     origin = scored.nonzero()
     which, row, place = origin.unbind(1)
     read = torch.stack([row, rank[row, which * length + place - shift]], dim=1)
     return Streams(ids, position, tokens, read, input_ids[row, place], which == len(views), origin)
+
+
+def select(wanted: Tensor, input_ids: Tensor, position_ids: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tokens]:
+    """Some columns of every row, in their order; rows with fewer of them end in padding.
+
+    Args:
+        wanted: bool [B, T].
+        input_ids: int64 [B, T].
+        position_ids: int64 [B, T].
+        tokens: fields [B, T].
+
+    Returns:
+        The same of the wanted columns, as wide as the row that has most of them.
+    """
+    width = int(wanted.sum(1).max())
+    # A stable sort moves the wanted columns to the front in their own order.
+    column = torch.argsort(~wanted, dim=1, stable=True)[:, :width]
+    padding = ~wanted.gather(1, column)
+    ids, position, stream, block, place, document = (x.gather(1, column) for x in (input_ids, position_ids, *tokens))
+    of_rows = Tokens(stream.masked_fill(padding, CLEAN), block, place, document.masked_fill(padding, NOWHERE))
+    return ids, position, of_rows
 
 
 def _needed(reads: Tensor, document: Tensor, block_size: int, *, whole_blocks: bool) -> Tensor:

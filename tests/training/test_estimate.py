@@ -22,12 +22,12 @@ from tiny import tiny_model
 OPTIONS = AdaptOptions(batch_size=2, max_length=256, dtype="float32", lora_rank=0)
 
 
-def model_of(lora_rank=0):
+def model_of(lora_rank=0, *, gated=False):
     shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "head_dim": 16}
-    model = with_training_forward(tiny_model("llama", vocab_size=128, **shape), "block")
+    model = with_training_forward(tiny_model("llama", vocab_size=128, **shape), "causal" if gated else "block")
     config = model.config
     if lora_rank:
-        model = wrap_with_lora(model, 5, replace(OPTIONS, lora_rank=lora_rank), None)
+        model = wrap_with_lora(model, 5, replace(OPTIONS, lora_rank=lora_rank, gated_lora=gated), None)
     return model.train(), config
 
 
@@ -35,7 +35,9 @@ def batch_of(options):
     row = Sample(input_ids=[7] * options.max_length, loss_mask=[True] * options.max_length)
     rows = pack([row] * options.batch_size, length=options.max_length, block_size=32, pad_id=5)
     config = BlockDiffusionConfig(mask_token_id=5, block_size=32)
-    collator = StreamCollator(config=config, complementary=True, with_ar=False, with_diffusion=True, seed=0)
+    collator = StreamCollator(
+        config=config, complementary=True, with_ar=False, with_diffusion=True, seed=0, mask_ratio=options.mask_ratio
+    )
     batch = collator(list(enumerate(rows)))
     return {key: value for key, value in batch.items() if key not in ("labels", "hidden_share", "place")}
 
@@ -103,6 +105,21 @@ def test_activations_are_what_is_kept(lora_rank, layers):
     found = estimate(config, options, Devices(GIB)).activations
     assert size(kept.tensors) == pytest.approx(found - logits - layer, rel=0.2)
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("mask_ratio", [None, 1.0])
+def test_of_a_gated_adapter_no_clean_token_is_kept(mask_ratio):
+    model, config = model_of(8, gated=True)
+    options = replace(OPTIONS, lora_rank=8, gated_lora=True, context_attention="causal", mask_ratio=mask_ratio)
+    kept = _Kept(model, set())
+    with kept, torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor):
+        loss = model(**batch_of(options)).sum()
+    found, plain = (estimate(config, run, Devices(GIB)) for run in (options, replace(options, gated_lora=False)))
+    logits = 3 * 4 * 512 * config.vocab_size
+    assert size(kept.tensors) == pytest.approx(found.activations - logits, rel=0.2)
+    assert loss.isfinite()
+    assert found.activations < 0.75 * plain.activations
+    assert found.flops < 0.85 * plain.flops
 
 
 def test_arithmetic_is_what_is_computed():

@@ -1,5 +1,6 @@
 """Checkpoints: loaded from wherever a model may be, given a mask token, saved."""
 
+from fast_dllm.checkpoint.adapter import is_gated
 from fast_dllm.checkpoint.checkpoint import AUTOREGRESSIVE, Checkpoint
 from fast_dllm.checkpoint.gguf import smollm2_gguf
 from fast_dllm.checkpoint.load import load_adapter_base, load_checkpoint, load_tokenizer_of
@@ -11,6 +12,7 @@ __all__ = [
     "Checkpoint",
     "add_mask_token",
     "find_mask_token",
+    "is_gated",
     "load_adapter_base",
     "load_checkpoint",
     "load_tokenizer_of",

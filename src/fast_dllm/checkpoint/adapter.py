@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 
 from fast_dllm.checkpoint.checkpoint import CONFIG_KEY, Checkpoint, read_config, vocabulary_rows
@@ -14,6 +15,7 @@ from fast_dllm.checkpoint.files import check_safetensors, first_line, read_json
 from fast_dllm.checkpoint.huggingface import check_finite, load_tokenizer
 from fast_dllm.checkpoint.mask_token import initialise_mask_row
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.gated_lora import gate_adapter
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -21,7 +23,7 @@ _WEIGHTS = "adapter_model.safetensors"
 def load_adapter(
     directory: Path, load_base: Callable[[str | Path], Checkpoint], *, base: str | Path | None
 ) -> Checkpoint:
-    """Load an adapter's base, give it the mask token, and merge the adapter into it.
+    """Load an adapter's base, give it the mask token, and merge the adapter into it; a gated one stays beside it.
 
     Args:
         directory: with adapter_config.json, and block_diffusion.json where it is one of ours.
@@ -29,16 +31,19 @@ def load_adapter(
         base: where the base is; None takes what the adapter recorded.
 
     Returns:
-        A checkpoint of a plain model in the base's dtype.
+        A checkpoint in the base's dtype.
 
     Raises:
         FastDLLMError: when the adapter is broken or belongs to another base.
 
     """
     checkpoint = open_base(directory, load_base, base=base)
-    checkpoint.model = _merge(checkpoint.model, directory, directory / _WEIGHTS)
+    gated = is_gated(directory)
+    token = checkpoint.config.mask_token_id if gated else None
+    checkpoint.model = _apply(checkpoint.model, directory, directory / _WEIGHTS, gated_token=token)
     check_finite(directory, checkpoint.model)
-    checkpoint.origin = f"LoRA adapter {directory.name} over {checkpoint.origin}"
+    kind = "gated LoRA adapter" if gated else "LoRA adapter"
+    checkpoint.origin = f"{kind} {directory.name} over {checkpoint.origin}"
     checkpoint.base = checkpoint.source
     return checkpoint
 
@@ -109,7 +114,13 @@ def _restore(checkpoint: Checkpoint, ours: Mapping[str, Any], path: Path) -> Non
     checkpoint.stop_token_ids = tuple(ours.get("stop_token_ids", checkpoint.stop_token_ids))
 
 
-def _merge(model: Any, directory: Path, weights: Path) -> Any:
+def is_gated(directory: Path) -> bool:
+    """Whether the adapter in a directory acts at mask tokens alone."""
+    ours = directory / BLOCK_DIFFUSION_FILE
+    return ours.exists() and read_json(ours).get("gated") is True
+
+
+def _apply(model: Any, directory: Path, weights: Path, *, gated_token: int | None) -> Any:
     stored = model.dtype
     try:
         # In float32: a bfloat16 weight plus a small update would often be the same weight again.
@@ -122,7 +133,18 @@ def _merge(model: Any, directory: Path, weights: Path) -> Any:
             raise FastDLLMError(
                 f"{weights}: does not fit its adapter_config.json or base, first at {name}; copy it again"
             )
-        merged = wrapped.merge_and_unload(safe_merge=True)
+        applied = wrapped.merge_and_unload(safe_merge=True) if gated_token is None else _gate(wrapped, gated_token)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise FastDLLMError(f"{directory}: peft cannot load the adapter ({first_line(error)})") from error
-    return cast_weights(merged, stored).eval()
+    return cast_weights(applied, stored).eval()
+
+
+def _gate(wrapped: PeftModel, token: int) -> Any:
+    """The model with the adapter beside its weights; the mask token's own row is merged, as nothing else reads it."""
+    model = wrapped.get_base_model()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            model.set_submodule(name, merged)
+    gate_adapter(model, token)
+    return model

@@ -14,6 +14,7 @@ from fast_dllm.checkpoint.checkpoint import CONFIG_KEY, Checkpoint, vocabulary_r
 from fast_dllm.checkpoint.directory import BLOCK_DIFFUSION_FILE, whole_directory
 from fast_dllm.checkpoint.quiet import quiet
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.gated_lora import gated_token
 
 
 def save_checkpoint(checkpoint: Checkpoint, directory: str | Path, *, recipe: Mapping[str, Any] | None = None) -> None:
@@ -27,10 +28,15 @@ def save_checkpoint(checkpoint: Checkpoint, directory: str | Path, *, recipe: Ma
         recipe: how it was made, for the card.
 
     Raises:
-        FastDLLMError: when the directory is someone else's, or cannot be written.
+        FastDLLMError: when the directory is someone else's or cannot be written, or the model has a gated adapter.
 
     """
     model = checkpoint.model
+    if gated_token(model) is not None:
+        raise FastDLLMError(
+            f"{checkpoint.origin}: acts at mask tokens alone, so no whole model holds it; "
+            "keep the adapter's directory and its base"
+        )
     with whole_directory(directory) as temporary, quiet():
         generation, model.generation_config = model.generation_config, _generation_config(checkpoint)
         setattr(model.config, CONFIG_KEY, checkpoint.config.to_dict())
@@ -92,6 +98,7 @@ def _adapter_record(checkpoint: Checkpoint) -> dict[str, Any]:
         "base_fingerprint": checkpoint.fingerprint,
         "mask_token": token,
         "mask_token_added": checkpoint.mask_token_added,
+        "gated": gated_token(checkpoint.model) is not None,
         "stop_token_ids": list(checkpoint.stop_token_ids),
     }
 

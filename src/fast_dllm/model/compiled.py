@@ -23,8 +23,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from fast_dllm.cache import LayerShape, SlabCache
 from fast_dllm.config import ContextAttention
+from fast_dllm.gated_lora import LowRank
 from fast_dllm.model.backbone import ForwardBatch
-from fast_dllm.model.linear import DenseLinear, Precision
+from fast_dllm.model.linear import AdaptedLinear, DenseLinear, Linear, Precision
 from fast_dllm.model.torch_ops import TorchSteps
 from fast_dllm.model.weights import LayerWeights, Shape
 
@@ -44,6 +45,7 @@ class _Inputs(NamedTuple):
         places: int64 [B]; in the flat slab, where K/V go.
         first: int64 [B]; there, the first key seen.
         end: int64 [B]; there, the end of the keys seen.
+        masked: [B, 1]; 1 where a gated adapter acts and 0 elsewhere.
         tile_counts: int32 [1, 1, C]; how many tiles of keys a tile of positions looks at.
         tiles: int32 [1, 1, C, N]; their numbers.
     """
@@ -54,6 +56,7 @@ class _Inputs(NamedTuple):
     places: Tensor
     first: Tensor
     end: Tensor
+    masked: Tensor
     tile_counts: Tensor
     tiles: Tensor
 
@@ -69,6 +72,7 @@ class _Plan:
     places: Tensor
     first: Tensor
     end: Tensor
+    masked: Tensor
     tile_counts: Tensor
     tiles: Tensor
 
@@ -87,12 +91,16 @@ class CompiledOps(TorchSteps):
         self._compiled: Callable[..., None] = torch.compile(self._layer, fullgraph=True, dynamic=False)
         self._buckets: WeakKeyDictionary[SlabCache, dict[int, _Bucket]] = WeakKeyDictionary()
 
-    def make_linear(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
-        """A layer from weights [O, I] and bias [O]; the compiler cannot look into packed ones."""
-        return DenseLinear(weight, bias)
+    def make_linear(self, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None) -> Linear:
+        """A layer from weights [O, I], bias [O] and what a gated adapter adds."""
+        base = DenseLinear(weight, bias)  # the compiler cannot look into packed ones
+        return base if low_rank is None else AdaptedLinear(base, low_rank, self._shape.dtype)
 
-    def plan(self, batch: ForwardBatch, cache: SlabCache, cos: Tensor, sin: Tensor) -> _Plan:
-        """Prepare a forward; `cos` and `sin` are [positions, E / 2]."""
+    def plan(
+        self, batch: ForwardBatch, cache: SlabCache, cos: Tensor, sin: Tensor, masked: Tensor | None = None
+    ) -> _Plan:
+        """Prepare a forward (see `TorchOps.plan`)."""
+        masked = torch.zeros_like(batch.positions) if masked is None else masked
         cos, sin = cos[batch.positions, None], sin[batch.positions, None]
         ends = [row.visible_ends(self._attention) for row in batch.rows]
         first = batch.slots * cache.max_length
@@ -106,6 +114,7 @@ class CompiledOps(TorchSteps):
             places=first + batch.positions,
             first=first,
             end=first + torch.tensor([end for row in ends for end in row]).to(device, non_blocking=True),
+            masked=masked[:, None].to(self._shape.dtype),
             tile_counts=tile_counts.to(device, non_blocking=True),
             tiles=tiles.to(device, non_blocking=True),
         )
@@ -128,7 +137,7 @@ class CompiledOps(TorchSteps):
 
     def _layer(self, layer: LayerWeights, slab_keys: Tensor, slab_values: Tensor, inputs: _Inputs) -> None:
         """A layer over a bucket; the slab is flat, [1, kv_heads, positions, E]."""
-        queries, keys, values = self.project(layer, inputs.hidden, inputs.cos, inputs.sin)
+        queries, keys, values = self.project(layer, inputs.hidden, inputs.cos, inputs.sin, inputs.masked)
         slab_keys[0, :, inputs.places] = keys.transpose(0, 1)
         slab_values[0, :, inputs.places] = values.transpose(0, 1)
         first, end = inputs.first, inputs.end
@@ -152,7 +161,7 @@ class CompiledOps(TorchSteps):
             block_mask=block_mask,
             enable_gqa=True,
         )
-        self.finish(layer, attended[0].transpose(0, 1).flatten(1), inputs.hidden)
+        self.finish(layer, attended[0].transpose(0, 1).flatten(1), inputs.hidden, inputs.masked)
 
 
 class _Bucket:
@@ -177,6 +186,7 @@ class _Bucket:
             places=room(plan.places),
             first=room(plan.first),
             end=room(plan.end),
+            masked=room(plan.masked),
             tile_counts=plan.tile_counts.clone(),
             tiles=plan.tiles.clone(),
         )
@@ -194,7 +204,7 @@ class _Bucket:
             static[count:].fill_(spare)
         inputs.end[count:].fill_(spare + 1)
         inputs.hidden[:count] = hidden
-        for name in ("cos", "sin", "places", "first", "end"):
+        for name in ("cos", "sin", "places", "first", "end", "masked"):
             getattr(inputs, name)[:count] = getattr(plan, name)
         inputs.tile_counts.copy_(plan.tile_counts)
         inputs.tiles.copy_(plan.tiles)

@@ -2,7 +2,8 @@
 
 All layers are one call that passes pointers, so nothing but arithmetic costs: no temporaries, no masks, no reordering.
 
-Shape legend: T positions of all rows, R rows, I and O inputs and outputs of a linear layer, E width of a head.
+Shape legend: T positions of all rows, R rank of a gated adapter, I and O inputs and outputs of a linear layer, E width
+of a head.
 """
 
 import ctypes
@@ -14,15 +15,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fast_dllm.config import ContextAttention
+from fast_dllm.gated_lora import LowRank
 from fast_dllm.model.backbone import ForwardBatch
 from fast_dllm.model.cpu_cache import CpuCache
 from fast_dllm.model.kernels import WeightMemory, load_kernels, why_no_kernels
 from fast_dllm.model.weights import LayerWeights, Shape
 
-# Outputs of a panel of packed weights, and the bytes of a unit: as in kernels/linear.h.
-_PANEL, _UNIT = 48, 4
+# Outputs of a panel of packed weights, bytes of a unit, what a rank is a multiple of, and lanes of a vector: as in
+# kernels/linear.h.
+_PANEL, _UNIT, _DOTS, _LANES = 48, 4, 4, 16
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 """Widths of a head that the attention kernel is compiled for."""
 
@@ -34,9 +38,12 @@ class _Linear(ctypes.Structure):
     _fields_ = (
         ("inputs", ctypes.c_int32),
         ("outputs", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
         ("weights", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
     )
 
 
@@ -77,6 +84,7 @@ class _Batch(ctypes.Structure):
         ("read", ctypes.c_void_p),
         ("cos", ctypes.c_void_p),
         ("sin", ctypes.c_void_p),
+        ("masked", ctypes.c_void_p),
     )
 
 
@@ -92,34 +100,49 @@ class _Cache(ctypes.Structure):
 class KernelLinear:
     """Weights packed for the kernel: panels of 48 outputs, units of 4 bytes of inputs inside."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, memory: WeightMemory, *, int8: bool) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, memory: WeightMemory, *, int8: bool
+    ) -> None:
         """Pack.
 
         Args:
             weight: [O, I], of any floating dtype.
             bias: [O], or None.
+            low_rank: what a gated adapter adds, or None.
             memory: for the packed weights.
             int8: quantise to 8 bits with a scale per output; else round to bfloat16.
         """
         outputs, inputs = weight.shape
-        per_unit = _UNIT if int8 else _UNIT // 2
         weight = weight.float()
         self._scales = (weight.abs().amax(1).clamp(min=1e-12) / 127).contiguous() if int8 else None
+        self._weights = _placed(self._packed(weight), memory)
+        self._bias = None if bias is None else bias.float().contiguous()
+        self._up = self._down = None
+        rank = 0
+        if low_rank is not None:
+            down, up = _whole(low_rank)
+            if self._scales is not None:
+                down, up = _in_steps(down, up, self._scales)
+            rank = len(down)
+            self._up = _placed(self._packed(up), memory)
+            self._down = _placed(down.to(torch.bfloat16).view(rank, -1, 2, _LANES).transpose(2, 3), memory)
+        self.outputs = outputs
+        pointers = map(_pointer, (self._weights, self._scales, self._bias, self._up, self._down))
+        self.structure = _Linear(inputs, outputs, rank, *pointers)
+
+    def _packed(self, weight: Tensor) -> Tensor:
+        """Float32 weights [O, ..] as the kernel holds them."""
         stored: Tensor
         if self._scales is not None:
             # Plus 128, since the VNNI instruction wants one unsigned side; the kernel takes it out again.
-            stored = ((weight / self._scales[:, None]).round_() + 128).to(torch.uint8)
+            stored = ((weight / self._scales[:, None]).round_().clamp_(-127, 127) + 128).to(torch.uint8)
         else:
             stored = weight.to(torch.bfloat16)
+        per_unit = _UNIT // stored.element_size()
+        outputs, inputs = weight.shape
         padded = torch.zeros(_up(outputs, _PANEL), _up(inputs, per_unit), dtype=stored.dtype)
         padded[:outputs, :inputs] = stored
-        panels = padded.view(-1, _PANEL, padded.shape[1] // per_unit, per_unit)
-        packed = panels.transpose(1, 2)
-        self._weights = memory.take(packed.numel() * packed.element_size()).view(packed.dtype).view(packed.shape)
-        self._weights.copy_(packed)
-        self._bias = None if bias is None else bias.float().contiguous()
-        self.outputs = outputs
-        self.structure = _Linear(inputs, outputs, _pointer(self._weights), _pointer(self._scales), _pointer(self._bias))
+        return padded.view(-1, _PANEL, padded.shape[1] // per_unit, per_unit).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -160,18 +183,28 @@ class CpuOps:
         self._model: tuple[Sequence[LayerWeights], _Model] | None = None
         self._caches: WeakKeyDictionary[CpuCache, _Cache] = WeakKeyDictionary()
 
-    def make_linear(self, weight: Tensor, bias: Tensor | None) -> KernelLinear:
-        """A layer from weights [O, I] and bias [O]."""
-        return KernelLinear(weight, bias, self._memory, int8=self._int8)
+    def make_linear(self, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None) -> KernelLinear:
+        """A layer from weights [O, I], bias [O] and what a gated adapter adds."""
+        return KernelLinear(weight, bias, low_rank, self._memory, int8=self._int8)
 
-    def plan(self, batch: ForwardBatch, cache: CpuCache, cos: Tensor, sin: Tensor) -> _Plan:
-        """Prepare a forward; `cos` and `sin` are float32 [positions, E / 2]."""
+    def plan(
+        self, batch: ForwardBatch, cache: CpuCache, cos: Tensor, sin: Tensor, masked: Tensor | None = None
+    ) -> _Plan:
+        """Prepare a forward.
+
+        Args:
+            batch: of the forward.
+            cache: to write to, and to look at.
+            cos: float32 [positions, E / 2].
+            sin: the same.
+            masked: bool [T], where a gated adapter acts; None for nowhere.
+        """
         starts, ends = [0], []
         for row in batch.rows:
             starts.append(starts[-1] + row.length)
             ends += row.visible_ends(self._attention)
         row_starts, key_ends = torch.tensor(starts, dtype=torch.int32), torch.tensor(ends, dtype=torch.int32)
-        tensors = (row_starts, key_ends, batch.slots, batch.positions, batch.read, cos, sin)
+        tensors = (row_starts, key_ends, batch.slots, batch.positions, batch.read, cos, sin, masked)
         structure = _Batch(len(batch.rows), len(ends), len(batch.read), *map(_pointer, tensors))
         return _Plan(structure, self._cache_of(cache), tensors)
 
@@ -250,6 +283,33 @@ def _layer(layer: LayerWeights) -> _Layer:
     norms = (layer.attention_norm, layer.mlp_norm, layer.query_norm, layer.key_norm)
     linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
     return _Layer(*(linear.structure for linear in linears), *map(_pointer, norms))
+
+
+def _whole(low_rank: LowRank) -> LowRank:
+    """In float32, padded to what the kernel takes: the rank, and the inputs of `down`."""
+    rank, inputs = low_rank.down.shape
+    missing = -rank % _DOTS
+    down = F.pad(low_rank.down.float(), (0, -inputs % (2 * _LANES), 0, missing))
+    return LowRank(down, F.pad(low_rank.up.float(), (0, missing)))
+
+
+def _in_steps(down: Tensor, up: Tensor, scales: Tensor) -> LowRank:
+    """The same product, `up` as large as the steps [O] of the weights allow.
+
+    The weights' steps are not to change, and those of x are too coarse for anything much smaller than x: so neither
+    factor has digits to give away. Outputs of next to no weight would make `up` small for all, and down @ x larger than
+    x; they are clipped instead, which can change a draft, but no answer.
+    """
+    steps = scales.clamp(min=scales.median() / 16)
+    factor = (127 * steps[:, None] / up.abs()).amin(0)
+    factor = factor.where(factor.isfinite(), 1)  # nothing to add
+    return LowRank(down / factor[:, None], up * factor)
+
+
+def _placed(values: Tensor, memory: WeightMemory) -> Tensor:
+    """A copy in a memory."""
+    place = memory.take(values.numel() * values.element_size()).view(values.dtype).view(values.shape)
+    return place.copy_(values)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

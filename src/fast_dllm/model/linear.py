@@ -1,6 +1,6 @@
 """Linear layers as the native backbone runs them: dense, packed once for this CPU, or in int8.
 
-Shape legend: T positions, I inputs, O outputs.
+Shape legend: T positions, I inputs, O outputs, R rank.
 """
 
 import warnings
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.gated_lora import LowRank
 
 Linear = Callable[[Tensor], Tensor]
 """[T, I] -> [T, O]."""
@@ -38,6 +39,22 @@ def make_linear(weight: Tensor, bias: Tensor | None, precision: Precision) -> Li
     if weight.device.type == "cpu" and _can_pack(weight.dtype):
         return PackedLinear(weight, bias)
     return DenseLinear(weight, bias)
+
+
+class AdaptedLinear:
+    """A layer with a gated adapter, which acts at masked positions alone."""
+
+    def __init__(self, base: Linear, low_rank: LowRank, dtype: torch.dtype) -> None:
+        self.base = base
+        self._down, self._up = low_rank.down.to(dtype), low_rank.up.to(dtype)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[T, I] -> [T, O], the adapter nowhere."""
+        return self.base(inputs)
+
+    def where(self, masked: Tensor, inputs: Tensor) -> Tensor:
+        """[T, I] -> [T, O], the adapter where `masked` [T, 1] is 1, not 0."""
+        return self.base(inputs).addcmul_(masked, F.linear(F.linear(inputs, self._down), self._up))
 
 
 class DenseLinear:

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from fast_dllm.cache import SlabCache
 from fast_dllm.config import ContextAttention
+from fast_dllm.gated_lora import LowRank
 from fast_dllm.model.backbone import ForwardBatch
-from fast_dllm.model.linear import Linear, Precision, make_linear
+from fast_dllm.model.linear import AdaptedLinear, Linear, Precision, make_linear
 from fast_dllm.model.weights import LayerWeights, Shape
 
 
@@ -39,13 +40,23 @@ class _AttentionGroup:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What all layers of a forward share; cos is [T, 1, E], sin [T, 1, E / 2] (its halves are equal)."""
+    """What all layers of a forward share.
+
+    Attributes:
+        batch: of the forward.
+        cache: to write to, and to look at.
+        groups: of its rows.
+        cos: [T, 1, E].
+        sin: [T, 1, E / 2]; its halves are equal.
+        masked: [T, 1], 1 where a gated adapter acts and 0 elsewhere; None for nowhere.
+    """
 
     batch: ForwardBatch
     cache: SlabCache
     groups: list[_AttentionGroup]
     cos: Tensor
     sin: Tensor
+    masked: Tensor | None
 
 
 class TorchSteps:
@@ -62,10 +73,12 @@ class TorchSteps:
         self._attention: ContextAttention = attention
         self.cache_dtype = shape.dtype
 
-    def project(self, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, masked: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, heads, E], keys and values [T, kv_heads, E] of [T, H]; queries and keys rotated."""
         shape = self._shape
-        fused = self.linear(layer.qkv, hidden, layer.attention_norm)
+        fused = self.linear(layer.qkv, hidden, layer.attention_norm, masked)
         parts = fused.view(len(fused), -1, shape.head_dim)
         rotated, values = parts.split([shape.query_heads + shape.kv_heads, shape.kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
@@ -74,22 +87,15 @@ class TorchSteps:
         rotated = _rotate(rotated, cos, sin)
         return rotated[:, : shape.query_heads], rotated[:, shape.query_heads :], values
 
-    def finish(self, layer: LayerWeights, attended: Tensor, hidden: Tensor) -> None:
+    def finish(self, layer: LayerWeights, attended: Tensor, hidden: Tensor, masked: Tensor | None) -> None:
         """Add to `hidden` [T, H] what follows attention, whose output is [T, heads * E]."""
-        self.add_linear(layer.out, attended, hidden)
-        gate_up = self.linear(layer.gate_up, hidden, layer.mlp_norm)
-        self.add_linear(layer.down, gate_up, hidden, gated=True)
+        hidden.add_(_product(layer.out, attended, masked))
+        gate, up = self.linear(layer.gate_up, hidden, layer.mlp_norm, masked).chunk(2, dim=-1)
+        hidden.add_(_product(layer.down, F.silu(gate).mul_(up), masked))
 
-    def linear(self, layer: Linear, hidden: Tensor, norm: Tensor) -> Tensor:
+    def linear(self, layer: Linear, hidden: Tensor, norm: Tensor, masked: Tensor | None = None) -> Tensor:
         """A layer over normalised [T, I]: [T, O]."""
-        return layer(self._norm(hidden, norm))
-
-    def add_linear(self, layer: Linear, inputs: Tensor, hidden: Tensor, *, gated: bool = False) -> None:
-        """Add a layer's output to `hidden` [T, O]; gated inputs are [gate | up], of which silu(gate) * up is taken."""
-        if gated:
-            gate, up = inputs.chunk(2, dim=-1)
-            inputs = F.silu(gate).mul_(up)
-        hidden.add_(layer(inputs))
+        return _product(layer, self._norm(hidden, norm), masked)
 
     def _norm(self, values: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(values, weight.shape, weight, self._shape.norm_epsilon)
@@ -109,21 +115,33 @@ class TorchOps(TorchSteps):
         super().__init__(shape, attention)
         self._precision: Precision = precision
 
-    def make_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """A layer from weights [O, I] and bias [O]."""
-        return make_linear(weight, bias, self._precision)
+    def make_linear(self, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None) -> Linear:
+        """A layer from weights [O, I], bias [O] and what a gated adapter adds."""
+        base = make_linear(weight, bias, self._precision)
+        return base if low_rank is None else AdaptedLinear(base, low_rank, self._shape.dtype)
 
-    def plan(self, batch: ForwardBatch, cache: SlabCache, cos: Tensor, sin: Tensor) -> _Plan:
-        """Prepare a forward; `cos` and `sin` are [positions, E / 2]."""
+    def plan(
+        self, batch: ForwardBatch, cache: SlabCache, cos: Tensor, sin: Tensor, masked: Tensor | None = None
+    ) -> _Plan:
+        """Prepare a forward.
+
+        Args:
+            batch: of the forward.
+            cache: to write to, and to look at.
+            cos: [positions, E / 2].
+            sin: the same.
+            masked: bool [T], where a gated adapter acts; None for nowhere.
+        """
         cos, sin = cos[batch.positions, None], sin[batch.positions, None]
-        return _Plan(batch, cache, self._groups(batch), torch.cat([cos, cos], dim=-1), sin)
+        masked = None if masked is None else masked[:, None].to(self._shape.dtype)
+        return _Plan(batch, cache, self._groups(batch), torch.cat([cos, cos], dim=-1), sin, masked)
 
     def layers(self, layers: Sequence[LayerWeights], hidden: Tensor, plan: _Plan) -> Tensor:
         """All layers, over the embedded positions [T, H], which are overwritten; what comes out at `read`: [N, H]."""
-        read = plan.batch.read
+        read, masked = plan.batch.read, plan.masked
         last = len(layers) - 1
         for number, layer in enumerate(layers):
-            queries, keys, values = self.project(layer, hidden, plan.cos, plan.sin)
+            queries, keys, values = self.project(layer, hidden, plan.cos, plan.sin, masked)
             plan.cache.write(number, plan.batch.slots, plan.batch.positions, keys, values)
             if number == last and not len(read):
                 return hidden[:0]
@@ -131,7 +149,8 @@ class TorchOps(TorchSteps):
             if number == last:
                 # Nothing behind the last layer's K/V depends on positions that nobody reads.
                 attended, hidden = attended[read], hidden[read]
-            self.finish(layer, attended, hidden)
+                masked = None if masked is None else masked[read]
+            self.finish(layer, attended, hidden, masked)
         return hidden
 
     def attend(self, queries: Tensor, number: int, plan: _Plan) -> Tensor:
@@ -164,6 +183,12 @@ class TorchOps(TorchSteps):
                 )
             )
         return groups
+
+
+def _product(layer: Linear, inputs: Tensor, masked: Tensor | None) -> Tensor:
+    if masked is None or not isinstance(layer, AdaptedLinear):
+        return layer(inputs)
+    return layer.where(masked, inputs)
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

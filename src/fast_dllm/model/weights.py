@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fast_dllm.model.linear import DenseLinear
+from fast_dllm.gated_lora import LowRank, low_rank_of
+from fast_dllm.model.linear import AdaptedLinear, DenseLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MakeLinear = Callable[[Tensor, Tensor | None], Any]
+MakeLinear = Callable[[Tensor, Tensor | None, LowRank | None], Any]
 
 _KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # RoPE variants whose frequencies do not change with the length of the sequence.
@@ -121,16 +122,16 @@ def read_weights(model: "PreTrainedModel", dtype: torch.dtype, make_linear: Make
     are copies in another layout.
 
     Args:
-        model: a transformers `...ForCausalLM`, adapters merged.
+        model: a transformers `...ForCausalLM`, adapters merged or gated.
         dtype: of embedding and norms.
-        make_linear: makes a layer from a weight [O, I] and a bias [O].
+        make_linear: makes a layer from a weight [O, I], a bias [O] and what a gated adapter adds.
     """
     decoder, head = model.model, model.lm_head
     return ModelWeights(
         layers=[_layer(layer, dtype, make_linear) for layer in decoder.layers],
         embedding=decoder.embed_tokens.weight.detach().to(dtype),
         final_norm=decoder.norm.weight.detach().to(dtype),
-        head=make_linear(head.weight.detach(), _bias([head])),
+        head=make_linear(head.weight.detach(), _bias([head]), None),
     )
 
 
@@ -154,14 +155,29 @@ def _layer(layer: Any, dtype: torch.dtype, make_linear: MakeLinear) -> LayerWeig
 
 def _fused(modules: list[Any], make_linear: MakeLinear) -> Any:
     """Several layers with one input as one."""
+    low_rank = _fused_low_rank(modules)
+    modules = [getattr(module, "base_layer", module) for module in modules]  # peft wraps the layers it adapts
     weight = torch.cat([module.weight.detach() for module in modules])
-    linear = make_linear(weight, _bias(modules))
-    if isinstance(linear, DenseLinear):
+    linear = make_linear(weight, _bias(modules), low_rank)
+    if isinstance(linear.base if isinstance(linear, AdaptedLinear) else linear, DenseLinear):
         # The model would otherwise be in memory twice.
         parts = weight.split([module.weight.shape[0] for module in modules])
         for module, part in zip(modules, parts, strict=True):
             module.weight.data = part
     return linear
+
+
+def _fused_low_rank(modules: list[Any]) -> LowRank | None:
+    """What the adapters of several layers with one input add: each to its own outputs."""
+    low_ranks = [low_rank_of(module) for module in modules]
+    downs = [low_rank.down for low_rank in low_ranks if low_rank is not None]
+    if not downs:
+        return None
+    ups = [
+        downs[0].new_zeros(module.out_features, 0) if low_rank is None else low_rank.up
+        for module, low_rank in zip(modules, low_ranks, strict=True)
+    ]
+    return LowRank(torch.cat(downs), torch.block_diag(*ups))
 
 
 def _bias(modules: list[Any]) -> Tensor | None:

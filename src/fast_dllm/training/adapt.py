@@ -132,6 +132,7 @@ def _collator(config: BlockDiffusionConfig, options: AdaptOptions) -> StreamColl
         with_ar=options.objective == "ar" or options.ar_weight > 0,
         with_diffusion=options.objective == "diffusion",
         seed=options.seed,
+        mask_ratio=options.mask_ratio,
     )
 
 
@@ -186,7 +187,7 @@ def _prepare(source: str | Path, options: AdaptOptions) -> tuple[Any, Checkpoint
     torch.manual_seed(options.seed)
     # A frozen base needs no float32 master copy; weights that are trained do.
     dtype = torch.bfloat16 if options.lora_rank and options.dtype == "bfloat16" else torch.float32
-    checkpoint, adapter = open_adapter(source, dtype)
+    checkpoint, adapter = open_adapter(source, dtype, options)
     attention = "causal" if options.objective == "ar" else options.context_attention
     if checkpoint.config.mask_token_id is None and checkpoint.tokenizer is not None:
         add_mask_token(checkpoint, token=options.mask_token)

@@ -42,15 +42,16 @@ class Piece(NamedTuple):
     mask: Tensor
 
 
-def cut(tokens: Tokens, attention: ContextAttention, *, piece: int = PIECE) -> list[Piece]:
+def cut(tokens: Tokens, attention: ContextAttention, *, keys: Tokens | None = None, piece: int = PIECE) -> list[Piece]:
     """Cut a training sequence into pieces.
 
     Args:
         tokens: fields of shape [B, T].
         attention: who sees whom among clean tokens.
+        keys: fields of shape [B, K]; None is the sequence itself.
         piece: queries in each.
     """
-    keys = Tokens(*(field[:, None, :] for field in tokens))
+    keys = Tokens(*(field[:, None, :] for field in (tokens if keys is None else keys)))
     pieces = []
     for start in range(0, tokens.stream.shape[1], piece):
         end = min(start + piece, tokens.stream.shape[1])

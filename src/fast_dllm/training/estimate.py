@@ -179,11 +179,24 @@ def positions(options: AdaptOptions) -> tuple[int, int]:
     length = options.max_length
     if options.objective == "ar":
         return length, length
-    views = 2 if options.complementary else 1
-    scored = length if options.complementary else length // 2
+    views = _views(options)
+    share = 0.5 if options.mask_ratio is None else options.mask_ratio
+    scored = length if options.complementary else int(length * share)
     if options.ar_weight:
         return (views + 1) * length, scored + length
     return (views + 1) * length - options.block_size, scored  # nobody sees the last clean block
+
+
+def _views(options: AdaptOptions) -> int:
+    # A view that hides everything leaves nothing to its complement.
+    return 2 if options.complementary and options.mask_ratio != 1 else 1
+
+
+def _with_backward(options: AdaptOptions) -> int:
+    """Positions of a full row that a gradient flows through: under a gated adapter, not the clean ones."""
+    if options.gated_lora and not options.gradient_checkpointing:
+        return _views(options) * options.max_length
+    return positions(options)[0]
 
 
 def _width(options: AdaptOptions) -> int:
@@ -205,7 +218,7 @@ def _weights(shape: _Shape, options: AdaptOptions, devices: Devices) -> int:
 
 
 def _activations(shape: _Shape, options: AdaptOptions) -> int:
-    per_row, _ = positions(options)
+    per_row = _with_backward(options)
     width, rows = _width(options), options.batch_size
     wide, lora = _FLOAT32, bool(options.lora_rank)
     # A norm keeps its input (in float32), what it multiplies by a weight that is trained, and its product.
@@ -232,9 +245,10 @@ def _flops(shape: _Shape, options: AdaptOptions) -> float:
     # Frozen weights need no gradient; recomputing is a second forward.
     backward = 1 if options.lora_rank else 2
     again = 1 if options.gradient_checkpointing else 0
-    linear = 2.0 * shape.linear * shape.layers * per_row * (1 + backward + again)
-    scores = per_row * (options.max_length / 2 + PIECE)
-    attention = 4.0 * shape.query * scores * shape.layers * (1 + 1 + 2.5 + again)
+    learning = _with_backward(options)
+    linear = 2.0 * shape.linear * shape.layers * (per_row + learning * (backward + again))
+    seen = options.max_length / 2 + PIECE
+    attention = 4.0 * shape.query * seen * shape.layers * (per_row + learning * (1 + 2.5 + again))
     head = 2.0 * shape.hidden * shape.vocabulary * scored * (1 + 1 + backward)
     return linear + attention + head
 

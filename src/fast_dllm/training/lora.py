@@ -6,25 +6,38 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from fast_dllm.checkpoint import Checkpoint, load_adapter_base, load_checkpoint
+from fast_dllm.checkpoint import Checkpoint, is_gated, load_adapter_base, load_checkpoint
 from fast_dllm.checkpoint.quiet import quiet
+from fast_dllm.errors import FastDLLMError
+from fast_dllm.gated_lora import gate_adapter, gated_token
 from fast_dllm.training.options import AdaptOptions
 
 
-def open_adapter(source: str | Path, dtype: torch.dtype) -> tuple[Checkpoint, Path | None]:
+def open_adapter(source: str | Path, dtype: torch.dtype, options: AdaptOptions) -> tuple[Checkpoint, Path | None]:
     """Load what is to be trained: a model, or the base of an adapter that is to be trained on.
+
+    An adapter that acts everywhere is merged where a gated one goes on top of it, or all weights are trained.
 
     Args:
         source: what `load_checkpoint` takes.
         dtype: of the weights.
+        options: of the run.
 
     Returns:
-        The checkpoint and, where `source` is an adapter, its directory.
+        The checkpoint and, where `source` is an adapter to go on with, its directory.
+
+    Raises:
+        FastDLLMError: when the source is unusable, or a gated adapter that is to act everywhere.
     """
     path = Path(source)
-    if (path / "adapter_config.json").exists():
+    is_adapter = (path / "adapter_config.json").exists()
+    if is_adapter and options.lora_rank and is_gated(path) == options.gated_lora:
         return load_adapter_base(path, dtype=dtype), path
-    return load_checkpoint(source, dtype=dtype), None
+    checkpoint = load_checkpoint(source, dtype=dtype)
+    if gated_token(checkpoint.model) is not None:
+        remedy = "go on training it with --gated-lora" if is_adapter else f"train one on {checkpoint.base}"
+        raise FastDLLMError(f"{source}: has a gated adapter already; {remedy}")
+    return checkpoint, None
 
 
 def wrap_with_lora(model: Any, mask_token_id: int | None, options: AdaptOptions, adapter: Path | None) -> PeftModel:
@@ -33,7 +46,7 @@ def wrap_with_lora(model: Any, mask_token_id: int | None, options: AdaptOptions,
     Args:
         model: the frozen base.
         mask_token_id: its embedding row is trained; the rest of the embedding is not.
-        options: rank and scale.
+        options: rank and scale, and where it acts.
         adapter: an adapter to go on with, instead of a fresh one.
 
     Returns:
@@ -60,4 +73,6 @@ def wrap_with_lora(model: Any, mask_token_id: int | None, options: AdaptOptions,
         if options.dtype == "bfloat16" and hasattr(module, "lora_A"):
             # Autocast would only cast the activations back from the adapter's float32.
             module.cast_input_dtype_enabled = False
+    if options.gated_lora and mask_token_id is not None:
+        gate_adapter(wrapped.get_base_model(), mask_token_id)
     return wrapped

@@ -26,6 +26,8 @@ class AdaptOptions(_FromMapping):
         token_shift: the hidden state at i-1 predicts token i.
         context_attention: who sees whom among clean tokens.
         complementary: two views with complementary masks (off: one view).
+        mask_ratio: share of every block's answer that the first view hides; None draws it for each block, as the paper
+            does. Drafts that are verified are looked at once, with every token hidden: give 1 for those.
         pad_to_block: pad each sample with mask tokens to whole blocks (off: samples straddle blocks).
         ar_weight: weight of the autoregressive loss on the clean stream; needs causal context attention. Such models
             verify their drafts against their autoregressive answers, which only this loss trains: give it 0.5, say.
@@ -34,6 +36,9 @@ class AdaptOptions(_FromMapping):
         pack: pack samples into rows of `max_length`, with per-document masks and restarted positions.
         lora_rank: rank of the LoRA adapter on all linear layers; 0 trains all weights.
         lora_alpha: scale of the adapter; None is twice the rank.
+        gated_lora: let the adapter act at mask tokens alone (arXiv 2507.11851). With causal context attention the
+            autoregressive answers stay bit for bit what they were, and verified drafts give them: only speed is
+            trained. It is not merged, so a forward with masks in it takes a little longer.
         lora_base: of the layers under a LoRA adapter: "dense", or "nf4" for 4-bit weights (QLoRA; needs bitsandbytes).
         mask_token: a vocabulary entry to use as mask token; None finds or adds one.
         dtype: of the arithmetic: "bfloat16" (autocast), "float32", or "auto", the faster one of this machine.
@@ -61,6 +66,7 @@ class AdaptOptions(_FromMapping):
     token_shift: bool = True
     context_attention: ContextAttention = "block"
     complementary: bool = True
+    mask_ratio: float | None = None
     pad_to_block: bool = True
     ar_weight: float = 0.0
     stream: bool = False
@@ -68,6 +74,7 @@ class AdaptOptions(_FromMapping):
     pack: bool = False
     lora_rank: int = 32
     lora_alpha: int | None = None
+    gated_lora: bool = False
     lora_base: Literal["dense", "nf4"] = "dense"
     mask_token: str | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -98,6 +105,13 @@ class AdaptOptions(_FromMapping):
         _require(self.lora_base == "dense" or self.lora_rank > 0, "lora_base='nf4': 4-bit weights need a lora_rank")
         if self.max_minutes is not None:
             _require_number("max_minutes", self.max_minutes, 0.0, 1e6)
+        if self.mask_ratio is not None:
+            _require_number("mask_ratio", self.mask_ratio, 0.0, 1.0)
+            _require(self.mask_ratio > 0, "mask_ratio=0: hides nothing; give a share above 0")
+        _require(
+            not self.gated_lora or (self.lora_rank > 0 and self.objective == "diffusion" and self.ar_weight == 0),
+            "gated_lora=True acts at mask tokens alone: it needs a lora_rank, objective='diffusion' and ar_weight=0",
+        )
         if self.lora_alpha is not None:
             _require_int("lora_alpha", self.lora_alpha, 1)
         _require(

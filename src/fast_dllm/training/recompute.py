@@ -36,6 +36,13 @@ def recompute_cheap_operations(model: PreTrainedModel) -> None:
         _enable(model, {"use_reentrant": False, "context_fn": contexts})
 
 
+def recomputes(model: PreTrainedModel) -> bool:
+    """Whether one of the two is on."""
+    # Its name in transformers before 5.23 is deprecated there.
+    old = "is_gradient_checkpointing"
+    return bool(getattr(model, "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else old))
+
+
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 

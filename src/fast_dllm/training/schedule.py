@@ -135,6 +135,7 @@ class StreamCollator:
     Attributes:
         config: of the model being trained.
         complementary: two views or one.
+        mask_ratio: of the first view; None draws one for each block.
         with_ar: score the clean stream too.
         with_diffusion: draw noisy views (off: pure AR training).
         seed: of the noise.
@@ -145,6 +146,7 @@ class StreamCollator:
     with_ar: bool
     with_diffusion: bool
     seed: int
+    mask_ratio: float | None = None
 
     def __call__(self, items: Sequence[tuple[int, Packed]]) -> dict[str, Any]:
         """Lay a batch out.
@@ -197,7 +199,13 @@ class StreamCollator:
         """
         loss_mask = F.pad(loss_mask, (0, -len(loss_mask) % self.config.block_size))
         generator = torch.Generator().manual_seed(noise_seed(self.seed, place))
-        return draw_views(loss_mask, self.config.block_size, generator, complementary=self.complementary)
+        return draw_views(
+            loss_mask,
+            self.config.block_size,
+            generator,
+            complementary=self.complementary,
+            mask_ratio=self.mask_ratio,
+        )
 
 
 def _hidden_shares(views: Tensor, loss_mask: Tensor, block: int) -> Tensor:

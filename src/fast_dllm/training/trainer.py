@@ -7,13 +7,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from fast_dllm.config import ContextAttention
-from fast_dllm.masks import Tokens, dense_mask
+from fast_dllm.gated_lora import gated_token
+from fast_dllm.masks import CLEAN, NOWHERE, Tokens, dense_mask
 from fast_dllm.model.forward import head_logits, hidden_states
-from fast_dllm.objective import token_losses
+from fast_dllm.objective import select, token_losses
 from fast_dllm.training.attention import NAME as IN_PIECES
 from fast_dllm.training.attention import cut, supports_pieces
 from fast_dllm.training.callbacks import RunClock
+from fast_dllm.training.clean_context import CleanContext
 from fast_dllm.training.evaluation import NOT_FOR_THE_MODEL, Evaluation
+from fast_dllm.training.recompute import recomputes
 from fast_dllm.training.schedule import IGNORED
 from fast_dllm.training.sharding import is_sharded
 from fast_dllm.training.tally import Tally, read
@@ -54,12 +57,41 @@ class _TrainingForward:
         """
         model = cast(PreTrainedModel, self)
         fields = Tokens(*tokens)
-        if model.config._attn_implementation == IN_PIECES:
-            pieces = cut(fields, self.context_attention)
-            hidden = hidden_states(model, input_ids, position_ids, None, pieces=pieces)
+        # Recomputed layers get no cache from transformers, so with those it is one forward.
+        if gated_token(model) is None or recomputes(model):
+            hidden = self._hidden(input_ids, position_ids, fields)
         else:
-            hidden = hidden_states(model, input_ids, position_ids, dense_mask(fields, self.context_attention))
+            hidden, read = self._noisy_hidden(input_ids, position_ids, fields, read)
         return token_losses(hidden[read[:, 0], read[:, 1]], targets, lambda h: head_logits(model, h))
+
+    def _hidden(
+        self, input_ids: Tensor, position_ids: Tensor, tokens: Tokens, context: CleanContext | None = None
+    ) -> Tensor:
+        """Hidden states [B, T, H] over tokens that see each other, and the context's where there is one."""
+        model, attention = cast(PreTrainedModel, self), self.context_attention
+        keys = tokens if context is None else context.with_keys(tokens)
+        if model.config._attn_implementation == IN_PIECES:
+            pieces = cut(tokens, attention, keys=keys)
+            return hidden_states(model, input_ids, position_ids, None, context, pieces=pieces)
+        return hidden_states(model, input_ids, position_ids, dense_mask(tokens, attention, keys=keys), context)
+
+    def _noisy_hidden(
+        self, input_ids: Tensor, position_ids: Tensor, tokens: Tokens, read: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states of the noisy tokens alone, and where they are read: [B, Tn, H], int64 [N, 2].
+
+        Where an adapter acts at masks only, no gradient flows through clean tokens: they are run first, keeping K/V and
+        nothing for a backward.
+        """
+        noisy = tokens.stream != CLEAN
+        clean = ~noisy & (tokens.document != NOWHERE)
+        context = CleanContext() if clean.any() else None
+        if context is not None:
+            with torch.no_grad():
+                self._hidden(*select(clean, input_ids, position_ids, tokens), context)
+        hidden = self._hidden(*select(noisy, input_ids, position_ids, tokens), context)
+        row, column = read.unbind(1)
+        return hidden, torch.stack([row, (noisy.cumsum(1) - 1)[row, column]], dim=1)
 
 
 def with_training_forward(model: PreTrainedModel, context_attention: ContextAttention) -> PreTrainedModel:

@@ -20,6 +20,7 @@ struct Batch {  // mirrors the ctypes structure in cpu_ops.py
   const int64_t *slots, *places;  // [T]
   const int64_t* read;        // [N], places in [0, T)
   const float *cos, *sin;     // [.., E / 2] by position
+  const uint8_t* masked;      // [T], where a gated adapter acts; null for nowhere
 };
 
 // A stretch of keys for some queries of a row.

@@ -2,7 +2,8 @@
 //
 // Activations are float32. Weights are int8 (a scale per output) or bfloat16; so are keys and values (cached.h).
 // Every result for a position depends on that position's inputs alone, in an order that the number of positions and
-// threads does not change: a row of a batch gives bitwise what it gives alone.
+// threads does not change: a row of a batch gives bitwise what it gives alone. Where a gated adapter does not act, it
+// gives bitwise what it gives without the adapter.
 //
 // A forward is one parallel region: its threads walk through all steps of all layers as a team, and wait for each
 // other after each.
@@ -72,6 +73,27 @@ class Stopwatch {
   double last_;
 };
 
+// Of the rows of a linear layer, those at which a gated adapter acts.
+struct Masked {
+  const uint8_t* positions;  // [T], or null for nowhere
+  const int64_t* read;       // [N], positions of the rows; null where every position is a row
+
+  bool any() const { return positions; }
+  bool operator()(int row) const { return positions && positions[read ? read[row] : row]; }
+};
+
+// The most inputs that a linear layer has, an adapter's among them.
+template <class Kind>
+int widest_of(const Model& model) {
+  int units = 0;
+  for (int i = 0; i < model.count; ++i) {
+    const Layer& layer = model.layers[i];
+    for (const Linear* linear : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down})
+      units = std::max(units, most_units<Kind>(*linear));
+  }
+  return units * Kind::kPerUnit;
+}
+
 // The inputs of linear layers, row by row.
 template <class Kind>
 class Inputs {
@@ -89,14 +111,15 @@ class Inputs {
 
   // `make(row, to)` writes the inputs of one of the rows. Shared by the threads of a team.
   template <class Make>
-  Operand<Kind> prepare(const Linear& layer, int first, int end, Make make) const {
+  Operand<Kind> prepare(const Linear& layer, int first, int end, Masked masked, Make make) const {
     fetch_first_panel<Kind>(layer);
-    const Operand<Kind> operand{values_, scales_, undo_, int64_t(units_of<Kind>(layer.inputs)) * Kind::kInputsPerUnit};
+    const int units = masked.any() ? most_units<Kind>(layer) : units_of<Kind>(layer.inputs);
+    const Operand<Kind> operand{values_, scales_, undo_, int64_t(units) * Kind::kInputsPerUnit};
     float* row = rows_ + omp_get_thread_num() * row_stride_;
 #pragma omp for schedule(static)
     for (int r = first; r < end; ++r) {
       make(r, row);
-      operand.set(r, row, layer.inputs);
+      operand.set(r, row, masked(r) ? extend<Kind>(layer, row) : layer.inputs);
     }
     return operand;
   }
@@ -125,7 +148,7 @@ class Forward {
         share_(model.heads.query / model.heads.kv),
         qkv_width_((model.heads.query + 2 * model.heads.kv) * width_), out_width_(model.heads.query * width_),
         hidden_width_(model.layers->out.outputs), blocks_(blocks_of(batch, model.heads)),
-        inputs_(batch.positions, std::max({hidden_width_, out_width_, model.layers->down.inputs}), threads) {
+        inputs_(batch.positions, widest_of<Kind>(model), threads) {
     thread_local Buffer<float> wide, partials, scales;
     thread_local Buffer<typename Cache::Kind::Input> queries;
     thread_local Buffer<int32_t> undo;
@@ -151,7 +174,8 @@ class Forward {
         normalise(hidden + int64_t(r) * hidden_width_, hidden_width_, norm, model_.epsilon, to);
       };
     };
-    auto operand = inputs_.prepare(layer.qkv, 0, batch_.positions, norm_by(hidden_, layer.attention_norm));
+    auto operand =
+        inputs_.prepare(layer.qkv, 0, batch_.positions, masked(false), norm_by(hidden_, layer.attention_norm));
     watch.lap(kRestPart);
     multiply<Kind>(layer.qkv, operand, batch_.positions, wide_, false);
     watch.lap(kLinearPart);
@@ -165,17 +189,19 @@ class Forward {
     if (!count) return;
     multiply<Kind>(layer.out, operand, count, hidden, true);
     watch.lap(kLinearPart);
-    operand = inputs_.prepare(layer.gate_up, 0, count, norm_by(hidden, layer.mlp_norm));
+    operand = inputs_.prepare(layer.gate_up, 0, count, masked(last), norm_by(hidden, layer.mlp_norm));
     watch.lap(kRestPart);
     multiply<Kind>(layer.gate_up, operand, count, wide_, false);
     watch.lap(kLinearPart);
     const int inner = layer.down.inputs;
-    operand = inputs_.prepare(layer.down, 0, count,
+    operand = inputs_.prepare(layer.down, 0, count, masked(last),
                               [=](int r, float* to) { gate(wide_ + int64_t(r) * 2 * inner, inner, to); });
     watch.lap(kRestPart);
     multiply<Kind>(layer.down, operand, count, hidden, true);
     watch.lap(kLinearPart);
   }
+
+  Masked masked(bool last) const { return {batch_.masked, last ? batch_.read : nullptr}; }
 
   // RoPE (and QK norm) of queries, keys and values of the wide rows: the queries to `queries_`, the others to the cache.
   void store(const Layer& layer, char* slab) {
@@ -259,7 +285,7 @@ class Forward {
     const int64_t* read_end = read + batch_.read_count;
     const int first = last ? std::lower_bound(read, read_end, block.first) - read : block.first;
     const int end = last ? std::lower_bound(read, read_end, block.end) - read : block.end;
-    return inputs_.prepare(layer, first, end, [=, &block](int r, float* to) {
+    return inputs_.prepare(layer, first, end, masked(last), [=, &block](int r, float* to) {
       const int position = last ? read[r] : r;
       const int stretches = stretches_of(batch_.ends[position]);
       for (int h = 0; h < model_.heads.query; ++h) {
@@ -296,7 +322,7 @@ void run_linear(const Linear& layer, const float* norm, float epsilon, int count
 #pragma omp parallel num_threads(threads)
   {
     Stopwatch watch;
-    const auto operand = inputs.prepare(layer, 0, count, [=, &layer](int r, float* to) {
+    const auto operand = inputs.prepare(layer, 0, count, Masked{}, [=, &layer](int r, float* to) {
       const float* row = from + int64_t(r) * layer.inputs;
       if (norm)
         normalise(row, layer.inputs, norm, epsilon, to);

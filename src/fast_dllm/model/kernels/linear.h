@@ -1,6 +1,9 @@
-// Linear layers over packed int8 or bfloat16 weights.
+// Linear layers over packed int8 or bfloat16 weights, and what a gated adapter adds to them at masked positions.
 //
-// Legend: T positions, I inputs, O outputs, U units of 4 bytes (4 int8 or 2 bfloat16 inputs).
+// That is up @ (down @ x). With down @ x behind x, `up` is more weights of the same product. At other positions there
+// are zeros behind x, which add nothing; and where no position is masked the product ends before them.
+//
+// Legend: T positions, I inputs, O outputs, R rank, U units of 4 bytes (4 int8 or 2 bfloat16 inputs).
 #pragma once
 
 #include <omp.h>
@@ -13,13 +16,27 @@ namespace kernels {
 constexpr int kVectors = 3;                  // vectors in a panel
 constexpr int kPanel = kLanes * kVectors;    // outputs in a panel
 constexpr int kRows = 8;                     // positions that share a loaded weight: 8 x 3 sums fill the registers
+constexpr int kDots = 4;                     // sums of down @ x that share a loaded x; a multiple of every unit
 
 struct Linear {  // mirrors the ctypes structure in cpu_ops.py
-  int32_t inputs, outputs;
+  int32_t inputs, outputs, rank;  // rank: 0, or a multiple of kDots
   const void* weights;  // panels of [U][kVectors][kLanes] units
   const float* scales;  // [O], or null for 1
   const float* bias;    // [O], or null
+  const void* up;       // panels as of the weights, with their scales; or null
+  const __m512i* down;  // [R][I / 2 kLanes] pairs of bfloat16: kLanes inputs, each with the one kLanes on; or null
 };
+
+template <class Kind>
+int units_of(int inputs) {
+  return (inputs + Kind::kPerUnit - 1) / Kind::kPerUnit;
+}
+
+// Of a position, what an adapter adds among them.
+template <class Kind>
+int most_units(const Linear& layer) {
+  return units_of<Kind>(layer.inputs) + units_of<Kind>(layer.rank);
+}
 
 // The inputs of a layer as its products take them: [T][stride].
 template <class Kind>
@@ -31,7 +48,8 @@ struct Operand {
 
   void set(int row, const float* inputs, int count) const {
     auto* to = values + row * stride;
-    for (int i = 0; i < Kind::kInputsPerUnit; ++i) to[stride - 1 - i] = 0;  // a unit may be partly filled
+    // The last unit may be partly filled, and behind it is what an adapter adds.
+    std::fill(to + (units_of<Kind>(count) - 1) * Kind::kInputsPerUnit, to + stride, 0);
     scales[row] = Kind::convert(inputs, count, to, undo + row);
   }
 };
@@ -92,11 +110,6 @@ struct BFloat16 {
   }
 };
 
-template <class Kind>
-int units_of(int inputs) {
-  return (inputs + Kind::kPerUnit - 1) / Kind::kPerUnit;
-}
-
 // Results of the last step of a panel: out [.., O] = or += scaled sums and bias.
 template <class Kind, int rows>
 void finish(const typename Kind::Sum (&sums)[rows][kVectors], const Operand<Kind>& inputs, int first_row,
@@ -117,23 +130,48 @@ void finish(const typename Kind::Sum (&sums)[rows][kVectors], const Operand<Kind
   }
 }
 
-// One panel for some positions. Every `passes` steps from step `pass` on, it fetches what lies `ahead` bytes further:
-// the hardware's prefetchers stop at the end of a page.
+// A panel of weights, and how far behind lies what is to be fetched meanwhile.
+struct Panel {
+  const __m512i* weights;
+  int units;
+  int64_t ahead;
+};
+
+template <class Kind>
+int64_t panel_bytes(int inputs) {
+  return units_of<Kind>(inputs) * int64_t(kVectors * sizeof(__m512i));
+}
+
+// Number `number` of the panels for some inputs, of which a thread does those before `end`.
+template <class Kind>
+Panel panel_of(const void* weights, int inputs, int number, int end) {
+  const int64_t bytes = panel_bytes<Kind>(inputs);
+  const auto* first = reinterpret_cast<const __m512i*>(static_cast<const char*>(weights) + number * bytes);
+  return {first, units_of<Kind>(inputs), number + 1 < end ? bytes : 0};
+}
+
+// One panel for some positions: one part, or two, where an adapter's is the second. Every `passes` steps from step
+// `pass` on, it fetches what lies ahead: the hardware's prefetchers stop at the end of a page.
+// A loop over the parts, and not the inner one twice, since then GCC would keep the sums in memory.
 template <class Kind, int rows>
-void panel(const Operand<Kind>& inputs, int first_row, int units, const __m512i* weights, int64_t ahead, int pass,
-           int passes, const Linear& layer, int first_output, float* out, bool add) {
+void panel(const Operand<Kind>& inputs, int first_row, const Panel* part, int parts, int pass, int passes,
+           const Linear& layer, int first_output, float* out, bool add) {
   typename Kind::Sum acc[rows][kVectors];
   UNROLL for (int r = 0; r < rows; ++r)
     UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = Kind::start(inputs.undo[first_row + r]);
   const auto* in = inputs.values + first_row * inputs.stride;
-  for (int u = 0; u < units; ++u, weights += kVectors, in += Kind::kInputsPerUnit) {
-    if (--pass < 0) {
-      pass = passes - 1;
-      UNROLL for (int v = 0; v < kVectors; ++v) fetch(reinterpret_cast<const char*>(weights + v) + ahead);
+  for (const Panel* end = part + parts; part < end; ++part) {
+    const __m512i* weights = part->weights;
+    const int64_t ahead = part->ahead;
+    for (int u = part->units; u > 0; --u, weights += kVectors, in += Kind::kInputsPerUnit) {
+      if (--pass < 0) {
+        pass = passes - 1;
+        UNROLL for (int v = 0; v < kVectors; ++v) fetch(reinterpret_cast<const char*>(weights + v) + ahead);
+      }
+      __m512i w[kVectors];
+      UNROLL for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(weights + v);
+      Kind::step(acc, w, in, inputs.stride);
     }
-    __m512i w[kVectors];
-    UNROLL for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(weights + v);
-    Kind::step(acc, w, in, inputs.stride);
   }
   // What follows indexes the sums, and what is indexed lives in memory: a copy, or the loop above would run there too.
   typename Kind::Sum sums[rows][kVectors];
@@ -151,17 +189,12 @@ inline void own_share(int count, int* first, int* end) {
   *end = count * (thread + 1) / threads;
 }
 
-template <class Kind>
-int64_t panel_bytes(const Linear& layer) {
-  return units_of<Kind>(layer.inputs) * int64_t(kVectors * sizeof(__m512i));
-}
-
 // The weights that a thread of the team will read.
 template <class Kind>
 Span own_weights(const Linear& layer) {
   int first, end;
   own_share(panels_of(layer), &first, &end);
-  const int64_t bytes = panel_bytes<Kind>(layer);
+  const int64_t bytes = panel_bytes<Kind>(layer.inputs);
   return Span(static_cast<const char*>(layer.weights) + first * bytes, (end - first) * bytes);
 }
 
@@ -169,28 +202,53 @@ Span own_weights(const Linear& layer) {
 template <class Kind>
 void fetch_first_panel(const Linear& layer) {
   const char* weights = own_weights<Kind>(layer).next;
-  for (int64_t i = 0; i < panel_bytes<Kind>(layer); i += 64) fetch(weights + i);
+  for (int64_t i = 0; i < panel_bytes<Kind>(layer.inputs); i += 64) fetch(weights + i);
 }
 
-// out [T, O] = layer(inputs), or += where `add`. Shared by the threads of a team, which wait for each other at the end.
+// out [T, O] = layer(inputs), or += where `add`; the inputs' stride says whether an adapter takes part. Shared by the
+// threads of a team, which wait for each other at the end.
 template <class Kind>
 void multiply(const Linear& layer, const Operand<Kind>& inputs, int count, float* out, bool add) {
-  const int units = units_of<Kind>(layer.inputs), passes = (count + kRows - 1) / kRows;
-  const auto* weights = static_cast<const __m512i*>(layer.weights);
+  const int passes = (count + kRows - 1) / kRows;
+  const bool adapted = inputs.stride > int64_t(units_of<Kind>(layer.inputs)) * Kind::kInputsPerUnit;
   int first_panel, end_panel;
   own_share(panels_of(layer), &first_panel, &end_panel);
   for (int p = first_panel; p < end_panel; ++p) {
-    const __m512i* w = weights + int64_t(p) * units * kVectors;
-    const int64_t ahead = p + 1 < end_panel ? panel_bytes<Kind>(layer) : 0;
+    const Panel parts[] = {panel_of<Kind>(layer.weights, layer.inputs, p, end_panel),
+                           panel_of<Kind>(layer.up, layer.rank, p, end_panel)};
     for (int pass = 0; pass < passes; ++pass) {
       const int first = count * pass / passes, rows = count * (pass + 1) / passes - first;
 #define ROWS(n) \
-  case n: panel<Kind, n>(inputs, first, units, w, ahead, pass, passes, layer, p * kPanel, out, add); break;
+  case n: panel<Kind, n>(inputs, first, parts, adapted ? 2 : 1, pass, passes, layer, p * kPanel, out, add); break;
       switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) }
 #undef ROWS
     }
   }
 #pragma omp barrier
+}
+
+// Puts down @ inputs behind the inputs of a masked position. Returns how many they are then.
+template <class Kind>
+int extend(const Linear& layer, float* inputs) {
+  const int start = units_of<Kind>(layer.inputs) * Kind::kPerUnit;
+  std::fill(inputs + layer.inputs, inputs + start, 0.0f);
+  const int vectors = (layer.inputs + 2 * kLanes - 1) / (2 * kLanes);
+  const __m512i* down = layer.down;
+  for (int r = 0; r < layer.rank; r += kDots, down += kDots * vectors) {
+    __m512 sums[kDots];
+    UNROLL for (int d = 0; d < kDots; ++d) sums[d] = _mm512_setzero_ps();
+    for (int v = 0; v < vectors; ++v) {
+      const int first = 2 * v * kLanes, second = first + kLanes;
+      const __m512 x = load_some(inputs + first, layer.inputs - first);
+      const __m512 y = load_some(inputs + second, layer.inputs - second);
+      UNROLL for (int d = 0; d < kDots; ++d) {
+        const __m512i pairs = _mm512_load_si512(down + d * vectors + v);
+        sums[d] = _mm512_fmadd_ps(odd(pairs), y, _mm512_fmadd_ps(even(pairs), x, sums[d]));
+      }
+    }
+    UNROLL for (int d = 0; d < kDots; ++d) inputs[start + r + d] = _mm512_reduce_add_ps(sums[d]);
+  }
+  return start + layer.rank;
 }
 
 // to = from, times norm over the root mean square of all: RMSNorm.
