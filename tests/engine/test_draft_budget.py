@@ -58,6 +58,22 @@ def test_who_stays_drafts_more_when_others_leave():
     assert long.state.block_size == 8
 
 
+def test_a_row_drafts_twice_what_it_has_lately_kept():
+    def wavering(position, call):
+        return (call if position < 20 else position) % 7, 0.99
+
+    engine = Engine(ScriptedBackbone(wavering), CAUSAL, slots=1, max_length=64, draft_budget=16, prefix_cache=False)
+    request = engine.submit(PROMPTS[0], DecodingConfig(max_new_tokens=48, threshold=0.0, stop_token_ids=()))
+    widths = []
+    while not engine.idle:
+        engine.step()
+        widths.append((request.state.settled, request.state.block_size))
+    assert widths[0][1] == 8  # before anything is known
+    assert {width for settled, width in widths if 12 < settled < 20} == {2}
+    # That a draft is good is known one forward later.
+    assert [width for settled, width in widths if settled >= 20][:5] == [2, 2, 4, 4, 8]
+
+
 def test_the_backbone_names_the_budget_unless_the_engine_is_given_one():
     model = ScriptedBackbone(certain)
     model.draft_budget = 4

@@ -78,7 +78,8 @@ class Engine:
             prefix_cache: keep the K/V of requests that have ended until their slot is needed, and let a request
                 whose beginning is known, from those or from a running one, start behind it.
             draft_budget: masks that a tick looks at, shared by the rows that verify their drafts: the more rows, the
-                less each drafts, down to AR decoding. Answers do not depend on it. None: the backbone's.
+                less each drafts, down to AR decoding. Of its share a row drafts twice what it has lately kept. Answers
+                depend on neither. None: the backbone's.
         """
         self._config = config
         self._backbone = backbone
@@ -155,6 +156,7 @@ class Engine:
         events = []
         for row, revealed in zip(rows, self._executor.run(rows, self._cache), strict=True):
             event = absorb(row.request.state, row.forward, row.request.id, revealed)
+            row.request.note()
             events.append(event)
             if event.finish is not None:
                 self._retire(row.request)

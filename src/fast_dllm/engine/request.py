@@ -1,11 +1,14 @@
 """A request as the engine holds it."""
 
 import random
+from collections import deque
 from dataclasses import dataclass, field
 
 from fast_dllm.config import DecodingConfig
 from fast_dllm.decoding.forward import Forward
 from fast_dllm.decoding.state import DecodeState
+
+_REMEMBERED = 4
 
 
 @dataclass(eq=False)
@@ -26,9 +29,26 @@ class Request:
     slot: int | None = None
     held: int = 0
     _draws: list[float] = field(init=False, default_factory=list)
+    _kept: deque[int] = field(init=False, default_factory=lambda: deque(maxlen=_REMEMBERED))
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.decoding.seed)
+        self._settled = self.state.settled
+
+    def note(self) -> None:
+        """Take note of what the forward that was absorbed has settled."""
+        before, self._settled = self._settled, self.state.settled
+        # The first token of an answer comes with no draft before it.
+        if self.state.prompt_length < before < self._settled:
+            self._kept.append(self._settled - before)
+
+    @property
+    def promising(self) -> int | None:
+        """How many tokens are worth drafting: twice the most that one of the last forwards kept; None before any did.
+
+        What is drafted beyond what will be kept costs its share of a forward for nothing.
+        """
+        return 2 * max(self._kept) if self._kept else None
 
     def draw(self, position: int) -> float:
         """The number from U(0, 1) by which the token at a position of the answer is sampled.

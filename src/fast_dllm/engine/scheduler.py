@@ -23,7 +23,8 @@ class Scheduler:
         Args:
             token_budget: positions that the running requests may hold together; None for no limit.
             prefill_chunk: most positions of a prefill forward, and of all of them in a tick; None for no limit.
-            draft_budget: masks that the rows which verify their drafts share in a tick; None for no limit.
+            draft_budget: masks that the rows which verify their drafts share in a tick; None for no limit, and no
+                thought of what a draft is worth.
         """
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -111,9 +112,10 @@ class Scheduler:
             self._hold(request, 0)
 
     def _share_drafts(self, request: Request, rows: int) -> None:
-        """Let a request draft as many tokens as its share of the budget, at least the one of AR decoding."""
+        """Let a request draft what is promising, of its share of the budget: at least the one token of AR decoding."""
         if self._draft_budget is not None:
-            request.state.draft(max(self._draft_budget // rows, 1))
+            share = max(self._draft_budget // rows, 1)
+            request.state.draft(share if request.promising is None else min(share, request.promising))
 
     def _hold(self, request: Request, positions: int) -> None:
         self._held += positions - request.held
