@@ -30,7 +30,8 @@ class Context:
         """A forward over positions that follow the context; run again, it overwrites what it wrote.
 
         Args:
-            ids: token ids. One position runs as AR decoding does, several as a noisy block, which sees itself whole.
+            ids: token ids. One position runs as AR decoding does, several as a noisy block, which sees itself whole;
+                where the model has a mask token they are masks.
             head: whether the logits of every position are wanted; of none otherwise.
 
         Returns:
@@ -38,6 +39,9 @@ class Context:
         """
         start, end = self.length, self.length + len(ids)
         noisy_from = start if len(ids) > 1 else end
+        mask = self.lm.config.mask_token_id
+        if len(ids) > 1 and mask is not None:
+            ids = [mask] * len(ids)
         row = RowSpan(slot=0, start=start, end=end, visible_end=end, noisy_from=noisy_from, block_size=len(ids))
         device = self.lm.backbone.device
         batch = ForwardBatch.build([row], ids, list(range(len(ids))) if head else [], device)

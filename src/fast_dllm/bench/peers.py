@@ -18,8 +18,10 @@ from fast_dllm.bench.llamacpp import LlamaCpp, system_info
 from fast_dllm.bench.setting import AR, Setting, can_diffuse, can_go_one_by_one, diffusion
 from fast_dllm.bench.throughput import Contestant, Standing, ask, fastest, standing
 from fast_dllm.bench.timing import WARM_UP, WARM_UP_TOKENS, Timed, paired_ratios
+from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.config import DecodingConfig
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.gated_lora import gated_token
 from fast_dllm.spread import spread
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -110,7 +112,7 @@ def _peers(bench: Bench) -> Iterator[dict[str, Answer]]:
     with ExitStack() as stack:
         for dtype, lm in bench.models.items():
             if dtype in _FLOATS:
-                peers[f"transformers {dtype}"] = partial(_transformers_answer, lm.checkpoint.model)
+                peers[f"transformers {dtype}"] = partial(_transformers_answer, _autoregressive(lm, dtype))
             else:
                 bench.findings.skip(f"transformers {dtype}", f"transformers has no {dtype} of its own")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fast-dllm-bench-")))
@@ -157,9 +159,21 @@ def _gguf_files(bench: Bench, folder: Path) -> dict[str, Callable[[], Path]]:
 def _write_these_weights(bench: Bench, lm: BlockDiffusionLM, path: Path) -> Path:
     # Refused before the weights are loaded once more, which is done so that they are not rounded twice.
     check_writable(lm.checkpoint.model.config, lm.tokenizer)
-    stored = BlockDiffusionLM.from_pretrained(bench.options.model, dtype="float32", backbone="hf")
-    write_f16(stored.checkpoint.model, lm.tokenizer, path)
+    source = bench.options.model if gated_token(lm.checkpoint.model) is None else lm.checkpoint.base
+    write_f16(load_checkpoint(str(source), dtype="float32").model, lm.tokenizer, path)
     return path
+
+
+def _autoregressive(lm: BlockDiffusionLM, dtype: str) -> Any:
+    """What answers one token at a time; an adapter that acts at masks alone would cost the peers for nothing.
+
+    Args:
+        lm: in this dtype.
+        dtype: of floats.
+    """
+    if gated_token(lm.checkpoint.model) is None:
+        return lm.checkpoint.model
+    return load_checkpoint(str(lm.checkpoint.base), dtype=dtype).model.to(lm.backbone.device)
 
 
 def _llamacpp_answer(server: LlamaCpp, prompt: list[int], tokens: int) -> PeerAnswer:

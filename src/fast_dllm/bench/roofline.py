@@ -17,6 +17,7 @@ class Costs:
 
     Attributes:
         body: weights of the decoder, the embedding left out (a forward reads a few rows of it).
+        at_masks: weights of a gated adapter, which only a forward with masks reads.
         head: weights of the LM head.
         weight_bytes: of one weight.
         kv_bytes: of one token's keys and values, over all layers.
@@ -24,6 +25,7 @@ class Costs:
     """
 
     body: int
+    at_masks: int
     head: int
     weight_bytes: int
     kv_bytes: int
@@ -31,13 +33,17 @@ class Costs:
 
     def bytes(self, positions: int, context: int, *, head: bool) -> int:
         """Read by a forward: every weight once, and the K/V of context and positions."""
-        weights = self.body + (self.head if head else 0)
+        weights = self._weights(positions, head=head)
         return weights * self.weight_bytes + (context + positions) * self.kv_bytes
 
     def flops(self, positions: int, context: int, *, head: bool) -> int:
         """Done by a forward: two for every weight and position, and attention."""
-        weights = self.body + (self.head if head else 0)
+        weights = self._weights(positions, head=head)
         return 2 * weights * positions + positions * (context + positions) * self.attention_flops
+
+    def _weights(self, positions: int, *, head: bool) -> int:
+        # One position is a final token, as in AR decoding, and several are masks (bench/forward.py).
+        return self.body + (self.at_masks if positions > 1 else 0) + (self.head if head else 0)
 
 
 def costs_of(model: Any, cache: KVCache, dtype: str) -> Costs:
@@ -50,12 +56,14 @@ def costs_of(model: Any, cache: KVCache, dtype: str) -> Costs:
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tied = embedding.data_ptr() == head.data_ptr() and embedding.device.type != "meta"
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    at_masks = sum(size for name, size in sizes.items() if "lora_" in name)
     outside = embedding.numel() + (0 if tied else head.numel())
     query_heads = model.config.get_text_config().num_attention_heads
     widths = sum(layer.key_width + layer.value_width for layer in cache.layers)
     return Costs(
-        body=parameters - outside,
+        body=sum(sizes.values()) - at_masks - outside,
+        at_masks=at_masks,
         head=head.numel(),
         weight_bytes=_INT8_BYTES if dtype == "int8" else torch.empty(0, dtype=getattr(torch, dtype)).element_size(),
         kv_bytes=cache.bytes_per_token,
