@@ -119,6 +119,7 @@ def test_a_trained_adapter_answers_as_its_base_does(base, tmp_path, backbone):
     before = BlockDiffusionLM.from_pretrained(base, backbone=backbone)
     after = BlockDiffusionLM.from_pretrained(tmp_path / "gated", backbone=backbone)
     assert gated_token(after.checkpoint.model) == after.config.mask_token_id
+    assert "is not to be merged" in (tmp_path / "gated" / "README.md").read_text()
     assert not any("token_adapter" in name for name, _ in after.checkpoint.model.named_modules())
     prompts = [[5, 6, 7, 8], [9], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
     plain = before.generate(prompts, return_dict=True, max_new_tokens=24)

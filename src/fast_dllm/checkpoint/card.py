@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fast_dllm.checkpoint.checkpoint import Checkpoint
+from fast_dllm.gated_lora import gated_token
 
 _CARD = """\
 ---
@@ -41,11 +42,14 @@ def model_card(title: str, checkpoint: Checkpoint, recipe: Mapping[str, Any] | N
         "stop tokens": ", ".join(map(str, checkpoint.stop_token_ids)),
         "longest context": checkpoint.max_length,
     }
+    what = "A LoRA adapter to be merged into its base." if adapter else "A whole model."
+    if gated_token(checkpoint.model) is not None:
+        what = "A gated LoRA adapter: it acts at mask tokens alone, beside its base, and is not to be merged."
     told = json.dumps(dict(recipe), indent=2, default=str) if recipe else ""
     return _CARD.format(
         library="peft" if adapter else "transformers",
         title=title,
-        what="A LoRA adapter to be merged into its base." if adapter else "A whole model.",
+        what=what,
         origin=checkpoint.origin,
         table="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         recipe=f"```json\n{told}\n```" if told else "Not recorded.",

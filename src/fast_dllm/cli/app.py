@@ -81,6 +81,8 @@ app.command(
     epilog=_examples(
         "fast-dllm adapt --model Qwen/Qwen2.5-1.5B-Instruct --data chats.jsonl --out my-model",
         "fast-dllm adapt --model smollm2-base --task chain_sum,leg_counting --steps 200 --out my-model",
+        "fast-dllm adapt --model my-model --data chats.jsonl --context-attention causal --gated-lora --mask-ratio 1 "
+        "--block-size 8 --out my-drafting-model",
         "fast-dllm adapt --recipe recipe.toml --out my-model --learning-rate 1e-4",
         "fast-dllm adapt --recipe recipes/qwen2.5-7b.toml --out my-model --dry-run --processes 64 --sharded",
     )
