@@ -1,29 +1,57 @@
-"""Put a trained adapter into the package: weights in bfloat16, and without the tokenizer, which the base has.
+"""Put a trained adapter into the package: matrices in 8-bit floats, and without the tokenizer, which the base has.
 
-python recipes/package_smollm2.py runs/smollm2/block-diffusion
+python recipes/package_smollm2.py runs/smollm2/more-autoregressive smollm2-ar
 """
 
-import shutil
+import json
+import math
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-PACKAGED = Path(__file__).parent.parent / "src" / "fast_dllm" / "assets" / "smollm2"
+ASSETS = Path(__file__).parent.parent / "src" / "fast_dllm" / "assets"
+EIGHT_BITS = torch.float8_e4m3fn
 
 
-def main(adapter: Path) -> None:
-    """Replace the packaged adapter by `adapter`."""
-    PACKAGED.mkdir(parents=True, exist_ok=True)
-    for name in ("adapter_config.json", "block_diffusion.json"):
-        shutil.copyfile(adapter / name, PACKAGED / name)
-    card = (adapter / "README.md").read_text().replace(adapter.name, PACKAGED.name)
-    (PACKAGED / "README.md").write_text(card)
-    weights = load_file(adapter / "adapter_model.safetensors")
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
-    save_file(weights, PACKAGED / "adapter_model.safetensors", metadata={"format": "pt"})
+def main(adapter: Path, name: str) -> None:
+    """Replace the packaged adapter `name` by `adapter`, which stays what it is.
+
+    Rounding to 8 bits moves each matrix by 2.6%, and its product with the other one, which is itself a thirtieth of the
+    weights beneath, accordingly less.
+    """
+    packaged = ASSETS / name
+    packaged.mkdir(parents=True, exist_ok=True)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    weights, scale = rounded(load_file(adapter / "adapter_model.safetensors"))
+    save_file(weights, packaged / "adapter_model.safetensors", metadata={"format": "pt"})
+    config["lora_alpha"] *= scale
+    (packaged / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (packaged / "block_diffusion.json").write_text((adapter / "block_diffusion.json").read_text())
+    card = (adapter / "README.md").read_text().replace(adapter.name, name)
+    note = "\nRounded to 8-bit floats; its scale is in `lora_alpha`, so it is not one to go on training.\n"
+    (packaged / "README.md").write_text(card + note)
+
+
+def rounded(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """The weights in 8 bits, and what the adapter's scale is to be multiplied with.
+
+    Small numbers have few bits in these floats, so all are multiplied by a power of two first.
+    """
+    gains = {kind: _gain(weights, kind) for kind in ("lora_A", "lora_B")}
+    kept = {}
+    for name, tensor in weights.items():
+        gain = next((gain for kind, gain in gains.items() if kind in name), None)
+        kept[name] = tensor.to(torch.bfloat16) if gain is None else (tensor.float() * gain).to(EIGHT_BITS)
+    return kept, 1 / math.prod(gains.values())
+
+
+def _gain(weights: dict[str, Tensor], kind: str) -> float:
+    largest = max(float(tensor.abs().max()) for name, tensor in weights.items() if kind in name)
+    return 2.0 ** math.floor(math.log2(torch.finfo(EIGHT_BITS).max / largest))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

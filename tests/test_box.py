@@ -5,23 +5,26 @@ from pathlib import Path
 import pytest
 
 from fast_dllm import BlockDiffusionLM
+from fast_dllm.checkpoint.load import IN_THE_BOX
 from fast_dllm.data.tasks import is_correct
-from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, unseen_questions
+from fast_dllm.evaluation.box import EASY_TASKS, unseen_questions
 
-ADAPTER = Path(__file__).parent.parent / "src" / "fast_dllm" / "assets" / "smollm2"
+ASSETS = Path(__file__).parent.parent / "src" / "fast_dllm" / "assets"
 
 
-def test_the_adapter_is_small_enough_to_ship():
-    assert sum(path.stat().st_size for path in ADAPTER.iterdir()) < 25e6
+@pytest.mark.parametrize("name", IN_THE_BOX)
+def test_its_adapters_are_small_enough_to_ship(name):
+    assert sum(path.stat().st_size for path in (ASSETS / name).iterdir()) < 25e6
 
 
 @pytest.mark.slow
-def test_it_solves_most_easy_items_at_two_tokens_a_forward():
-    model = BlockDiffusionLM.from_pretrained("smollm2")
-    items = unseen_questions(TASKS_OF_THE_BOX, 40)
+def test_it_answers_as_its_fine_tune_does_at_two_tokens_a_forward():
+    model, tuned = (BlockDiffusionLM.from_pretrained(name) for name in IN_THE_BOX)
+    items = unseen_questions(EASY_TASKS, 40)
     replies = [model.chat(item.messages()[:1]) for item in items]
+    assert [reply.text for reply in replies] == [tuned.chat(item.messages()[:1]).text for item in items]
     right = sum(is_correct(item, reply.text) for item, reply in zip(items, replies, strict=True))
     tokens = sum(reply.statistics.new_tokens for reply in replies)
     forwards = sum(reply.statistics.forwards for reply in replies)
-    assert right / len(items) > 0.6
+    assert right / len(items) > 0.8
     assert tokens / forwards > 2

@@ -78,7 +78,7 @@ class BlockDiffusionLM:
 
         Args:
             source: a Hugging Face directory or hub id, a GGUF file, an adapted checkpoint, a LoRA adapter, or
-                "smollm2" (the model in the box) or "smollm2-base".
+                "smollm2" (the model in the box), "smollm2-ar" or "smollm2-base".
             dtype: "float32", "bfloat16", "float16"; None takes the stored one. "int8" quantises the linear layers
                 (a scale per output, and per position) and needs the native backbone.
             backbone: "hf" runs transformers' own modules, "native" a lean forward for the Llama family; "auto" takes

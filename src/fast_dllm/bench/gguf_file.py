@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fast_dllm.checkpoint import smollm2_gguf
-from fast_dllm.checkpoint.load import SMOLLM2, SMOLLM2_BASE
+from fast_dllm.checkpoint.load import IN_THE_BOX, SMOLLM2_BASE
 from fast_dllm.errors import FastDLLMError
 
 _F16 = 1  # general.file_type
@@ -35,7 +35,7 @@ def gguf_of(model: str) -> Path:
     Raises:
         FastDLLMError: when there is none.
     """
-    if model in (SMOLLM2, SMOLLM2_BASE):
+    if model in (*IN_THE_BOX, SMOLLM2_BASE):
         return smollm2_gguf()
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():

@@ -8,7 +8,7 @@ from typing import Any
 from fast_dllm.bench.timing import WARM_UP
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, is_correct
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, unseen_questions
+from fast_dllm.evaluation.box import EASY_TASKS, unseen_questions
 from fast_dllm.text import ChatText
 
 
@@ -65,7 +65,7 @@ def ask_about(tokenizer: Any, count: int, *, seed: int) -> Questions:
     """
     if tokenizer is None:
         raise FastDLLMError("this model has no tokenizer; the benchmark asks its questions as text")
-    *test, warm_up = unseen_questions(TASKS_OF_THE_BOX, RESERVED_TEST_ITEMS)
+    *test, warm_up = unseen_questions(EASY_TASKS, RESERVED_TEST_ITEMS)
     if seed:
         random.Random(seed).shuffle(test)
     text = ChatText(tokenizer)

@@ -30,7 +30,10 @@ from fast_dllm.checkpoint.quiet import quiet
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.errors import FastDLLMError
 
-SMOLLM2, SMOLLM2_BASE = "smollm2", "smollm2-base"
+SMOLLM2_BASE = "smollm2-base"
+IN_THE_BOX = ("smollm2", "smollm2-ar")
+"""Adapters in the package: the second fine-tunes SmolLM2 autoregressively, the first lets it draft as well."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -52,8 +55,8 @@ def load_checkpoint(
 
     Args:
         source: a Hugging Face directory (any decoder-only model, ours, or the published Fast-dLLM v2 layout), a
-            LoRA adapter's directory, a GGUF file, a hub id, or the name "smollm2" or "smollm2-base". What exists
-            locally wins over a name or id.
+            LoRA adapter's directory, a GGUF file, a hub id, or the name "smollm2", "smollm2-ar" or "smollm2-base".
+            What exists locally wins over a name or id.
         dtype: of the weights: "float32", "bfloat16", "float16", or None or "auto" for the stored one.
         mask_token_id: overrides the checkpoint's; with it a plain AR model can be decoded as a diffusion model.
         block_size: overrides the checkpoint's.
@@ -211,8 +214,8 @@ def _locate(source: str | Path) -> tuple[Path, str]:
     name = str(source)
     if name == SMOLLM2_BASE:
         return smollm2_gguf(), name
-    if name == SMOLLM2:
-        adapter = _ASSETS / SMOLLM2
+    if name in IN_THE_BOX:
+        adapter = _ASSETS / name
         if not (adapter / "adapter_config.json").exists():
             raise FastDLLMError(f"{name}: the packaged adapter is not in this installation; reinstall fast-dllm")
         return adapter, name

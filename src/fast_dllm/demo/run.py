@@ -14,7 +14,7 @@ from fast_dllm.demo.compare import DECODING, compare, print_totals, totals
 from fast_dllm.demo.live import adapt_live, busy
 from fast_dllm.demo.report import write_report
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, unseen_questions
+from fast_dllm.evaluation.box import EASY_TASKS, unseen_questions
 
 _LIVE_TRAINING = 2000
 
@@ -56,13 +56,13 @@ def run_demo(
     console.rule("1. Load an adapted model")
     with busy(console, f"Loading {model}"):
         answering = _load(model)
-        *test, warm_up = unseen_questions(TASKS_OF_THE_BOX, RESERVED_TEST_ITEMS)
+        *test, warm_up = unseen_questions(EASY_TASKS, RESERVED_TEST_ITEMS)
     console.print(answering.checkpoint.origin, markup=False)
     live = None
     if adapt:
         console.rule("2. Adapt an autoregressive model, live")
         asked = {item.question for item in (*test, warm_up)}
-        train = make_items(TASKS_OF_THE_BOX, _LIVE_TRAINING, seed=0, exclude=asked)
+        train = make_items(EASY_TASKS, _LIVE_TRAINING, seed=0, exclude=asked)
         live = adapt_live(base, train, test, minutes, out, console)
         _print_live(live, console)
     console.rule("3. Held-out questions, both ways")

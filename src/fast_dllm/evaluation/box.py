@@ -6,13 +6,13 @@ from functools import cache
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, held_out_items, make_items
 from fast_dllm.errors import FastDLLMError
 
-TASKS_OF_THE_BOX = ("chain_sum", "leg_counting", "number_sorting", "basic_arithmetic")
-"""Of the model in the box and its AR baseline (`recipes/smollm2-*.json`)."""
+EASY_TASKS = ("chain_sum", "leg_counting", "number_sorting", "basic_arithmetic")
+"""Of the demo and the benchmark."""
 
-TASKS_OF_THE_VARIANTS = (*TASKS_OF_THE_BOX, "letter_counting", "word_sorting")
-"""Of the models that are compared with each other (`recipes/variants/`)."""
+TASKS_OF_THE_BOX = (*EASY_TASKS, "letter_counting", "word_sorting")
+"""What the model in the box (`recipes/smollm2-*.json`) and its variants (`recipes/variants/`) were trained on."""
 
-_TRAINED = ((TASKS_OF_THE_BOX, 16_000), (TASKS_OF_THE_VARIANTS, 6_000))
+_TRAINED = ((EASY_TASKS, 16_000), (TASKS_OF_THE_BOX, 6_000))
 
 
 @cache
