@@ -54,7 +54,7 @@ def test_a_verified_answer_is_the_autoregressive_one_sampled_or_not():
 
     check()
     # Drafts that are never refused, or always, would prove little.
-    assert withdrawn > 1000
+    assert withdrawn > 500  # rows whose drafts are refused draft less
     assert kept > 1000
     assert stopped > 30
 
