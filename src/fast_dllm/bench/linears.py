@@ -38,7 +38,8 @@ def measure_linears(bench: Bench) -> None:
     if not isinstance(lm.backbone, NativeBackbone) or lm.backbone.device.type != "cpu":
         raise FastDLLMError("they are compared for the native backbone, on a CPU")
     head = lm.checkpoint.model.get_output_embeddings()
-    layers = [one for one in lm.checkpoint.model.modules() if isinstance(one, nn.Linear) and one is not head]
+    named = lm.checkpoint.model.named_modules()
+    layers = [one for name, one in named if isinstance(one, nn.Linear) and one is not head and "lora_" not in name]
     stacks = _stacks(bench, layers, lm.backbone)
     for positions in _POSITIONS:
         inputs = {width: torch.randn(positions, width) for width in {one.in_features for one in layers}}
