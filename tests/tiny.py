@@ -88,10 +88,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_tiny(directory: Path, *, adapted: bool, context_attention: str = "block") -> str:
-    """Save a tiny SmolLM2 with its tokenizer: a plain AR model, or one with a mask token and blocks of 16."""
+def save_tiny(
+    directory: Path,
+    *,
+    adapted: bool,
+    context_attention: str = "block",
+    architecture: str = "smollm2",
+    **overrides: Any,
+) -> str:
+    """Save a tiny model with its tokenizer: a plain AR model, or one with a mask token and blocks of 16."""
     checkpoint = Checkpoint(
-        model=tiny_model("smollm2", vocab_size=64),
+        model=tiny_model(architecture, **overrides),
         tokenizer=tiny_tokenizer(),
         config=AUTOREGRESSIVE,
         stop_token_ids=(3,),

@@ -64,6 +64,11 @@ def gate_adapter(model: Any, token_id: int) -> None:
             down.register_forward_hook(gate.close)
 
 
+def is_of_adapter(name: str) -> bool:
+    """Whether a module or parameter of a model belongs to its LoRA adapter, by its name."""
+    return "lora_" in name
+
+
 def gated_token(model: Any) -> int | None:
     """The token at which a model's adapter acts; None where no gated adapter is on it."""
     gate: _Gate | None = getattr(model, _GATE, None)

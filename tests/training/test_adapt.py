@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, load_checkpoint, save_checkpoint
+from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.data.chat import Sample
 from fast_dllm.errors import FastDLLMError
@@ -19,7 +19,7 @@ from fast_dllm.training.evaluation import ProbeItem
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.trainer import BlockDiffusionTrainer
 from samples import make_samples, stream_samples
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny
 
 OPTIONS = AdaptOptions(
     steps=6, batch_size=4, learning_rate=1e-2, warmup_steps=0, max_length=64, block_size=8, save_every=2, lora_rank=4
@@ -28,15 +28,7 @@ OPTIONS = AdaptOptions(
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    checkpoint = Checkpoint(
-        model=tiny_model("llama"),
-        tokenizer=tiny_tokenizer(),
-        config=AUTOREGRESSIVE,
-        stop_token_ids=(3,),
-        origin="tiny",
-    )
-    save_checkpoint(checkpoint, tmp_path / "base")
-    return tmp_path / "base"
+    return Path(save_tiny(tmp_path / "base", adapted=False, architecture="llama"))
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fast_dllm import BlockDiffusionLM
-from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, load_checkpoint, save_checkpoint
+from fast_dllm.checkpoint import load_checkpoint, save_checkpoint
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.gated_lora import gate_adapter, gated_token
@@ -19,7 +19,7 @@ from fast_dllm.training.lora import wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.trainer import with_training_forward
 from samples import make_samples
-from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from tiny import ARCHITECTURES, save_tiny, tiny_model
 
 MASK, BLOCK = 63, 8
 OPTIONS = AdaptOptions(
@@ -39,15 +39,7 @@ OPTIONS = AdaptOptions(
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    checkpoint = Checkpoint(
-        model=tiny_model("llama"),
-        tokenizer=tiny_tokenizer(),
-        config=AUTOREGRESSIVE,
-        stop_token_ids=(3,),
-        origin="tiny",
-    )
-    save_checkpoint(checkpoint, tmp_path / "base")
-    return tmp_path / "base"
+    return Path(save_tiny(tmp_path / "base", adapted=False, architecture="llama"))
 
 
 def moved(model):

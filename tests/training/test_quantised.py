@@ -2,17 +2,18 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, load_checkpoint, save_checkpoint
+from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.adapt import adapt
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.quantised import quantise_linears
 from samples import make_samples
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny, tiny_model
 
 OPTIONS = AdaptOptions(
     steps=12, batch_size=4, learning_rate=1e-2, warmup_steps=0, max_length=64, block_size=8, lora_base="nf4"
@@ -21,15 +22,8 @@ OPTIONS = AdaptOptions(
 
 @pytest.fixture
 def base(tmp_path):
-    checkpoint = Checkpoint(
-        model=tiny_model("qwen2", hidden_size=64, intermediate_size=128),
-        tokenizer=tiny_tokenizer(),
-        config=AUTOREGRESSIVE,
-        stop_token_ids=(3,),
-        origin="tiny",
-    )
-    save_checkpoint(checkpoint, tmp_path / "base")
-    return tmp_path / "base"
+    shape = {"hidden_size": 64, "intermediate_size": 128}
+    return Path(save_tiny(tmp_path / "base", adapted=False, architecture="qwen2", **shape))
 
 
 @pytest.fixture

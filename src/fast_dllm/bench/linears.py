@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fast_dllm.bench.bench import Bench
 from fast_dllm.bench.timing import paired_ratios
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.gated_lora import is_of_adapter
 from fast_dllm.model.cpu_ops import CpuOps
 from fast_dllm.model.kernels import why_no_kernels
 from fast_dllm.model.linear import Int8Linear, Linear
@@ -39,7 +40,8 @@ def measure_linears(bench: Bench) -> None:
         raise FastDLLMError("they are compared for the native backbone, on a CPU")
     head = lm.checkpoint.model.get_output_embeddings()
     named = lm.checkpoint.model.named_modules()
-    layers = [one for name, one in named if isinstance(one, nn.Linear) and one is not head and "lora_" not in name]
+    linears = [one for name, one in named if isinstance(one, nn.Linear) and not is_of_adapter(name)]
+    layers = [one for one in linears if one is not head]
     stacks = _stacks(bench, layers, lm.backbone)
     for positions in _POSITIONS:
         inputs = {width: torch.randn(positions, width) for width in {one.in_features for one in layers}}

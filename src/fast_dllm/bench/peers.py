@@ -112,7 +112,9 @@ def _peers(bench: Bench) -> Iterator[dict[str, Answer]]:
     with ExitStack() as stack:
         for dtype, lm in bench.models.items():
             if dtype in _FLOATS:
-                peers[f"transformers {dtype}"] = partial(_transformers_answer, _autoregressive(lm, dtype))
+                base = _beneath(lm)
+                model = lm.checkpoint.model if base is None else load_checkpoint(base, dtype=dtype).model
+                peers[f"transformers {dtype}"] = partial(_transformers_answer, model.to(lm.backbone.device))
             else:
                 bench.findings.skip(f"transformers {dtype}", f"transformers has no {dtype} of its own")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fast-dllm-bench-")))
@@ -159,21 +161,13 @@ def _gguf_files(bench: Bench, folder: Path) -> dict[str, Callable[[], Path]]:
 def _write_these_weights(bench: Bench, lm: BlockDiffusionLM, path: Path) -> Path:
     # Refused before the weights are loaded once more, which is done so that they are not rounded twice.
     check_writable(lm.checkpoint.model.config, lm.tokenizer)
-    source = bench.options.model if gated_token(lm.checkpoint.model) is None else lm.checkpoint.base
-    write_f16(load_checkpoint(str(source), dtype="float32").model, lm.tokenizer, path)
+    write_f16(load_checkpoint(_beneath(lm) or bench.options.model, dtype="float32").model, lm.tokenizer, path)
     return path
 
 
-def _autoregressive(lm: BlockDiffusionLM, dtype: str) -> Any:
-    """What answers one token at a time; an adapter that acts at masks alone would cost the peers for nothing.
-
-    Args:
-        lm: in this dtype.
-        dtype: of floats.
-    """
-    if gated_token(lm.checkpoint.model) is None:
-        return lm.checkpoint.model
-    return load_checkpoint(str(lm.checkpoint.base), dtype=dtype).model.to(lm.backbone.device)
+def _beneath(lm: BlockDiffusionLM) -> str | None:
+    """The model beneath a gated adapter, which gives the same answers: the adapter would cost peers for nothing."""
+    return None if gated_token(lm.checkpoint.model) is None else lm.checkpoint.base
 
 
 def _llamacpp_answer(server: LlamaCpp, prompt: list[int], tokens: int) -> PeerAnswer:

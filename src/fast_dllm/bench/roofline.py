@@ -7,6 +7,7 @@ import torch
 
 from fast_dllm.bench.machine import Peaks
 from fast_dllm.cache import KVCache
+from fast_dllm.gated_lora import is_of_adapter
 
 _INT8_BYTES = 1
 
@@ -57,7 +58,7 @@ def costs_of(model: Any, cache: KVCache, dtype: str) -> Costs:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tied = embedding.data_ptr() == head.data_ptr() and embedding.device.type != "meta"
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    at_masks = sum(size for name, size in sizes.items() if "lora_" in name)
+    at_masks = sum(size for name, size in sizes.items() if is_of_adapter(name))
     outside = embedding.numel() + (0 if tied else head.numel())
     query_heads = model.config.get_text_config().num_attention_heads
     widths = sum(layer.key_width + layer.value_width for layer in cache.layers)

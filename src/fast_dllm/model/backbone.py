@@ -136,7 +136,7 @@ class ForwardBatch:
 
 DRAFTS_ON_CPU = 16
 """`Backbone.draft_budget` of a CPU: on two cores with AVX-512, the least at which one request still drafts whole
-sub-blocks, and many are not slower than one token at a time (docs/bench/batches.json)."""
+sub-blocks; what more at once gain is in docs/bench/batches.json."""
 
 
 class Backbone(Protocol):

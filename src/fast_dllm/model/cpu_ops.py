@@ -190,15 +190,7 @@ class CpuOps:
     def plan(
         self, batch: ForwardBatch, cache: CpuCache, cos: Tensor, sin: Tensor, masked: Tensor | None = None
     ) -> _Plan:
-        """Prepare a forward.
-
-        Args:
-            batch: of the forward.
-            cache: to write to, and to look at.
-            cos: float32 [positions, E / 2].
-            sin: the same.
-            masked: bool [T], where a gated adapter acts; None for nowhere.
-        """
+        """Prepare a forward (see `TorchOps.plan`); `cos` and `sin` are float32."""
         starts, ends = [0], []
         for row in batch.rows:
             starts.append(starts[-1] + row.length)
