@@ -15,6 +15,7 @@ MODULUS = 7919
 class DigestBackbone:
     max_length = None
     draft_budget = None
+    likeliest = None
     device = torch.device("cpu")
 
     def __init__(self, attention="block", *, vocabulary=16):

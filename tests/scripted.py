@@ -16,6 +16,7 @@ class ScriptedBackbone:
 
     max_length = None
     draft_budget = None
+    likeliest = None
     device = torch.device("cpu")
 
     def __init__(self, script, *, vocabulary=16, shift=1):

@@ -98,6 +98,8 @@ class Executor:
         banned = self._config.mask_token_id
         if sampled:
             return sample(logits, banned, measure, self._sampling(rows))
+        if measure == "probability" and self._backbone.likeliest is not None:
+            return self._backbone.likeliest(logits, banned)
         return greedy(logits, banned, measure)
 
     def _sampling(self, rows: list[Row]) -> SamplingParameters:

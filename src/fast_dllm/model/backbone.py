@@ -3,7 +3,7 @@
 Shape legend: R rows, T positions of all rows together, N logits wanted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -139,6 +139,9 @@ DRAFTS_ON_CPU = 16
 sub-blocks; what more at once gain is in docs/bench/batches.json."""
 
 
+Likeliest = Callable[[Tensor, int | None], tuple[Tensor, Tensor]]
+
+
 class Backbone(Protocol):
     """A causal language model run over our cache."""
 
@@ -149,6 +152,10 @@ class Backbone(Protocol):
     """Masks that a forward may look at, over all rows that verify their drafts, before it pays to draft less; None for
     no limit. A few masks cost next to nothing while a forward takes as long as reading the weights; beyond that each
     costs what a token of another row would."""
+
+    likeliest: Likeliest | None
+    """Of each row of logits [N, V], the likeliest token other than a banned one, int64 [N], and its probability,
+    float32 [N], that of the banned token in the denominator. None where there is no better way than torch's."""
 
     @property
     def device(self) -> torch.device:

@@ -176,10 +176,12 @@ class CpuOps:
         self._memory = WeightMemory()
         kernels = load_kernels()
         self._run_layers, self._run_linear = kernels.fast_dllm_layers, kernels.fast_dllm_linear
+        self._run_likeliest = kernels.fast_dllm_likeliest
         pointer: Any = ctypes.c_void_p
         integer: Any = ctypes.c_int
         self._run_layers.argtypes = [pointer] * 5 + [integer]
         self._run_linear.argtypes = [pointer, integer, pointer, ctypes.c_float, integer, pointer, pointer, integer]
+        self._run_likeliest.argtypes = [pointer, integer, integer, integer, pointer, pointer, integer]
         self._model: tuple[Sequence[LayerWeights], _Model] | None = None
         self._caches: WeakKeyDictionary[CpuCache, _Cache] = WeakKeyDictionary()
 
@@ -227,6 +229,20 @@ class CpuOps:
             torch.get_num_threads(),
         )
         return output
+
+    def likeliest(self, logits: Tensor, banned: int | None) -> tuple[Tensor, Tensor]:
+        """See `Backbone.likeliest`."""
+        logits = logits.contiguous()
+        tokens, probabilities = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+        self._run_likeliest(
+            logits.data_ptr(),
+            *logits.shape,
+            -1 if banned is None else banned,
+            tokens.data_ptr(),
+            probabilities.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return tokens, probabilities
 
     def _model_of(self, layers: Sequence[LayerWeights]) -> _Model:
         """The layers as the kernels see them, made once."""

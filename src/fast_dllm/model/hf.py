@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 
 from fast_dllm.cache import LayerShape, SlabCache
 from fast_dllm.config import ContextAttention
-from fast_dllm.model.backbone import DRAFTS_ON_CPU, ForwardBatch, RowSpan
+from fast_dllm.model.backbone import DRAFTS_ON_CPU, ForwardBatch, Likeliest, RowSpan
 from fast_dllm.model.forward import head_logits, hidden_states
 
 
@@ -74,6 +74,7 @@ class HFBackbone:
         self.attention: ContextAttention = attention
         self.max_length = max_length
         self.draft_budget = DRAFTS_ON_CPU if model.device.type == "cpu" else None
+        self.likeliest: Likeliest | None = None
         self._layers = self._probe_layers()
 
     @property

@@ -93,6 +93,7 @@ class NativeBackbone:
             self._ops = CpuOps(shape, attention, int8=precision == "int8")
         else:
             self._ops = TorchOps(shape, attention, precision)
+        self.likeliest = self._ops.likeliest if own else None
         self._gated_token = gated_token(model)
         self._weights = read_weights(model, shape.dtype, self._ops.make_linear)
         self._rotary = model.model.rotary_emb

@@ -16,6 +16,7 @@
 
 #include "attention.h"
 #include "items.h"
+#include "likeliest.h"
 #include "linear.h"
 
 namespace kernels {
@@ -334,6 +335,25 @@ void run_linear(const Linear& layer, const float* norm, float epsilon, int count
   }
 }
 
+// See `fast_dllm_likeliest`.
+void find_likeliest(const float* logits, int count, int vocabulary, int banned, int64_t* tokens, float* probabilities,
+                    int threads) {
+  thread_local Buffer<Likely> buffer;
+  const int parts = (vocabulary + kSome - 1) / kSome;
+  Likely* found = buffer.grow(int64_t(count) * parts);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int i = 0; i < count * parts; ++i) {
+    const int row = i / parts, first = i % parts * kSome;
+    found[i] = likely_among(logits + int64_t(row) * vocabulary, first, std::min(first + kSome, vocabulary), banned);
+  }
+  for (int r = 0; r < count; ++r) {
+    Likely all = found[r * parts];
+    for (int p = 1; p < parts; ++p) all.add(found[r * parts + p]);
+    tokens[r] = all.token;
+    probabilities[r] = all.probability();
+  }
+}
+
 }  // namespace kernels
 
 extern "C" {
@@ -371,5 +391,12 @@ void fast_dllm_linear(const Linear* layer, int int8, const float* norm, float ep
   if (int8) run_linear<Int8>(*layer, norm, epsilon, count, from, out, threads);
 #endif
   if (!int8) run_linear<BFloat16>(*layer, norm, epsilon, count, from, out, threads);
+}
+
+// Of each row of logits [T, V], the likeliest token other than `banned` (-1 for none), the first of several, and its
+// probability, that of `banned` in the denominator.
+void fast_dllm_likeliest(const float* logits, int count, int vocabulary, int banned, int64_t* tokens,
+                         float* probabilities, int threads) {
+  find_likeliest(logits, count, vocabulary, banned, tokens, probabilities, threads);
 }
 }
