@@ -107,7 +107,7 @@ class Inputs {
     scales_ = scales.grow(count);
     undo_ = undo.grow(count);
     row_stride_ = up(widest, kLanes);
-    rows_ = rows.grow(int64_t(threads) * row_stride_);
+    rows_ = rows.grow(int64_t(threads) * kMasked * row_stride_);
   }
 
   // `make(row, to)` writes the inputs of one of the rows. Shared by the threads of a team.
@@ -116,12 +116,24 @@ class Inputs {
     fetch_first_panel<Kind>(layer);
     const int units = masked.any() ? most_units<Kind>(layer) : units_of<Kind>(layer.inputs);
     const Operand<Kind> operand{values_, scales_, undo_, int64_t(units) * Kind::kInputsPerUnit};
-    float* row = rows_ + omp_get_thread_num() * row_stride_;
-#pragma omp for schedule(static)
+    float* rows = rows_ + int64_t(omp_get_thread_num()) * kMasked * row_stride_;
+    int waiting[kMasked], count = 0;
+    const auto extend_waiting = [&] {
+      extend<Kind>(layer, rows, row_stride_, count);
+      for (int i = 0; i < count; ++i) operand.set(waiting[i], rows + i * row_stride_, extended<Kind>(layer));
+      count = 0;
+    };
+    // In turns, since masked positions, which take longer, follow one another.
+#pragma omp for schedule(static, 1) nowait
     for (int r = first; r < end; ++r) {
+      float* row = rows + count * row_stride_;
       make(r, row);
-      operand.set(r, row, masked(r) ? extend<Kind>(layer, row) : layer.inputs);
+      if (masked(r)) waiting[count++] = r;
+      else operand.set(r, row, layer.inputs);
+      if (count == kMasked) extend_waiting();
     }
+    extend_waiting();
+#pragma omp barrier
     return operand;
   }
 
@@ -178,7 +190,7 @@ class Forward {
     auto operand =
         inputs_.prepare(layer.qkv, 0, batch_.positions, masked(false), norm_by(hidden_, layer.attention_norm));
     watch.lap(kRestPart);
-    multiply<Kind>(layer.qkv, operand, batch_.positions, wide_, false);
+    multiply<Kind>(layer.qkv, operand, batch_.positions, wide_, false, down_of(layer.out));
     watch.lap(kLinearPart);
     store(layer, slabs_.layers[number]);
     // Nothing behind the last layer's K/V depends on positions that nobody reads.
@@ -188,19 +200,22 @@ class Forward {
     if (count) operand = attention(layer, slabs_.layers[number], last);
     watch.lap(kAttentionPart);
     if (!count) return;
-    multiply<Kind>(layer.out, operand, count, hidden, true);
+    multiply<Kind>(layer.out, operand, count, hidden, true, down_of(layer.gate_up));
     watch.lap(kLinearPart);
     operand = inputs_.prepare(layer.gate_up, 0, count, masked(last), norm_by(hidden, layer.mlp_norm));
     watch.lap(kRestPart);
-    multiply<Kind>(layer.gate_up, operand, count, wide_, false);
+    multiply<Kind>(layer.gate_up, operand, count, wide_, false, down_of(layer.down));
     watch.lap(kLinearPart);
     const int inner = layer.down.inputs;
     operand = inputs_.prepare(layer.down, 0, count, masked(last),
                               [=](int r, float* to) { gate(wide_ + int64_t(r) * 2 * inner, inner, to); });
     watch.lap(kRestPart);
-    multiply<Kind>(layer.down, operand, count, hidden, true);
+    multiply<Kind>(layer.down, operand, count, hidden, true, last ? nullptr : down_of(model_.layers[number + 1].qkv));
     watch.lap(kLinearPart);
   }
+
+  // Of an adapter, what is read before the weights.
+  const void* down_of(const Linear& layer) const { return batch_.masked ? layer.down : nullptr; }
 
   Masked masked(bool last) const { return {batch_.masked, last ? batch_.read : nullptr}; }
 

@@ -17,6 +17,7 @@ constexpr int kVectors = 3;                  // vectors in a panel
 constexpr int kPanel = kLanes * kVectors;    // outputs in a panel
 constexpr int kRows = 8;                     // positions that share a loaded weight: 8 x 3 sums fill the registers
 constexpr int kDots = 4;                     // sums of down @ x that share a loaded x; a multiple of every unit
+constexpr int kMasked = 4;                   // positions whose down @ x are computed together
 
 struct Linear {  // mirrors the ctypes structure in cpu_ops.py
   int32_t inputs, outputs, rank;  // rank: 0, or a multiple of kDots
@@ -142,12 +143,13 @@ int64_t panel_bytes(int inputs) {
   return units_of<Kind>(inputs) * int64_t(kVectors * sizeof(__m512i));
 }
 
-// Number `number` of the panels for some inputs, of which a thread does those before `end`.
+// Number `number` of the panels for some inputs, of which a thread does those before `end`, and then reads `next`.
 template <class Kind>
-Panel panel_of(const void* weights, int inputs, int number, int end) {
+Panel panel_of(const void* weights, int inputs, int number, int end, const void* next) {
   const int64_t bytes = panel_bytes<Kind>(inputs);
-  const auto* first = reinterpret_cast<const __m512i*>(static_cast<const char*>(weights) + number * bytes);
-  return {first, units_of<Kind>(inputs), number + 1 < end ? bytes : 0};
+  const char* first = static_cast<const char*>(weights) + number * bytes;
+  const char* after = number + 1 < end ? first + bytes : next ? static_cast<const char*>(next) : first;
+  return {reinterpret_cast<const __m512i*>(first), units_of<Kind>(inputs), after - first};
 }
 
 // One panel for some positions: one part, or two, where an adapter's is the second. Every `passes` steps from step
@@ -205,17 +207,18 @@ void fetch_first_panel(const Linear& layer) {
   for (int64_t i = 0; i < panel_bytes<Kind>(layer.inputs); i += 64) fetch(weights + i);
 }
 
-// out [T, O] = layer(inputs), or += where `add`; the inputs' stride says whether an adapter takes part. Shared by the
-// threads of a team, which wait for each other at the end.
+// out [T, O] = layer(inputs), or += where `add`; the inputs' stride says whether an adapter takes part. What is read next
+// is fetched at the end. Shared by the threads of a team, which wait for each other then.
 template <class Kind>
-void multiply(const Linear& layer, const Operand<Kind>& inputs, int count, float* out, bool add) {
+void multiply(const Linear& layer, const Operand<Kind>& inputs, int count, float* out, bool add,
+              const void* next = nullptr) {
   const int passes = (count + kRows - 1) / kRows;
   const bool adapted = inputs.stride > int64_t(units_of<Kind>(layer.inputs)) * Kind::kInputsPerUnit;
   int first_panel, end_panel;
   own_share(panels_of(layer), &first_panel, &end_panel);
   for (int p = first_panel; p < end_panel; ++p) {
-    const Panel parts[] = {panel_of<Kind>(layer.weights, layer.inputs, p, end_panel),
-                           panel_of<Kind>(layer.up, layer.rank, p, end_panel)};
+    const Panel parts[] = {panel_of<Kind>(layer.weights, layer.inputs, p, end_panel, next),
+                           panel_of<Kind>(layer.up, layer.rank, p, end_panel, nullptr)};
     for (int pass = 0; pass < passes; ++pass) {
       const int first = count * pass / passes, rows = count * (pass + 1) / passes - first;
 #define ROWS(n) \
@@ -227,28 +230,49 @@ void multiply(const Linear& layer, const Operand<Kind>& inputs, int count, float
 #pragma omp barrier
 }
 
-// Puts down @ inputs behind the inputs of a masked position. Returns how many they are then.
+// How many inputs a masked position has, down @ inputs among them.
 template <class Kind>
-int extend(const Linear& layer, float* inputs) {
-  const int start = units_of<Kind>(layer.inputs) * Kind::kPerUnit;
-  std::fill(inputs + layer.inputs, inputs + start, 0.0f);
+int extended(const Linear& layer) {
+  return units_of<Kind>(layer.inputs) * Kind::kPerUnit + layer.rank;
+}
+
+// Puts down @ inputs behind the inputs [rows][stride] of masked positions.
+template <class Kind, int rows>
+void extend(const Linear& layer, float* inputs, int64_t stride) {
+  const int start = extended<Kind>(layer) - layer.rank;
+  for (int i = 0; i < rows; ++i) std::fill(inputs + i * stride + layer.inputs, inputs + i * stride + start, 0.0f);
   const int vectors = (layer.inputs + 2 * kLanes - 1) / (2 * kLanes);
   const __m512i* down = layer.down;
   for (int r = 0; r < layer.rank; r += kDots, down += kDots * vectors) {
-    __m512 sums[kDots];
-    UNROLL for (int d = 0; d < kDots; ++d) sums[d] = _mm512_setzero_ps();
+    __m512 sums[rows][kDots];
+    UNROLL for (int i = 0; i < rows; ++i)
+      UNROLL for (int d = 0; d < kDots; ++d) sums[i][d] = _mm512_setzero_ps();
     for (int v = 0; v < vectors; ++v) {
       const int first = 2 * v * kLanes, second = first + kLanes;
-      const __m512 x = load_some(inputs + first, layer.inputs - first);
-      const __m512 y = load_some(inputs + second, layer.inputs - second);
+      __m512 x[rows], y[rows];
+      UNROLL for (int i = 0; i < rows; ++i) {
+        x[i] = load_some(inputs + i * stride + first, layer.inputs - first);
+        y[i] = load_some(inputs + i * stride + second, layer.inputs - second);
+      }
       UNROLL for (int d = 0; d < kDots; ++d) {
         const __m512i pairs = _mm512_load_si512(down + d * vectors + v);
-        sums[d] = _mm512_fmadd_ps(odd(pairs), y, _mm512_fmadd_ps(even(pairs), x, sums[d]));
+        UNROLL for (int i = 0; i < rows; ++i)
+          sums[i][d] = _mm512_fmadd_ps(odd(pairs), y[i], _mm512_fmadd_ps(even(pairs), x[i], sums[i][d]));
       }
     }
-    UNROLL for (int d = 0; d < kDots; ++d) inputs[start + r + d] = _mm512_reduce_add_ps(sums[d]);
+    UNROLL for (int i = 0; i < rows; ++i)
+      UNROLL for (int d = 0; d < kDots; ++d) inputs[i * stride + start + r + d] = _mm512_reduce_add_ps(sums[i][d]);
   }
-  return start + layer.rank;
+}
+
+template <class Kind>
+void extend(const Linear& layer, float* inputs, int64_t stride, int rows) {
+  switch (rows) {
+    case 1: extend<Kind, 1>(layer, inputs, stride); break;
+    case 2: extend<Kind, 2>(layer, inputs, stride); break;
+    case 3: extend<Kind, 3>(layer, inputs, stride); break;
+    case kMasked: extend<Kind, kMasked>(layer, inputs, stride); break;
+  }
 }
 
 // to = from, times norm over the root mean square of all: RMSNorm.
