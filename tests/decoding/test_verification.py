@@ -41,7 +41,7 @@ def verified_cases(draw):
 def test_a_verified_answer_is_the_autoregressive_one_sampled_or_not():
     withdrawn = kept = stopped = 0
 
-    @settings(max_examples=300)
+    @settings(max_examples=450)
     @given(verified_cases())
     def check(case):
         nonlocal withdrawn, kept, stopped

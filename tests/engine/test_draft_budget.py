@@ -1,5 +1,7 @@
 """Rows that verify their drafts share the masks of a tick, and their answers do not show it."""
 
+from itertools import groupby
+
 import pytest
 
 from digest import DigestBackbone
@@ -60,18 +62,32 @@ def test_who_stays_drafts_more_when_others_leave():
 
 def test_a_row_drafts_twice_what_it_has_lately_kept():
     def wavering(position, call):
-        return (call if position < 20 else position) % 7, 0.99
+        return (call if position < 12 else position) % 7, 0.99
 
     engine = Engine(ScriptedBackbone(wavering), CAUSAL, slots=1, max_length=64, draft_budget=16, prefix_cache=False)
     request = engine.submit(PROMPTS[0], DecodingConfig(max_new_tokens=48, threshold=0.0, stop_token_ids=()))
     widths = []
     while not engine.idle:
         engine.step()
-        widths.append((request.state.settled, request.state.block_size))
-    assert widths[0][1] == 8  # before anything is known
-    assert {width for settled, width in widths if 12 < settled < 20} == {2}
-    # That a draft is good is known one forward later.
-    assert [width for settled, width in widths if settled >= 20][:5] == [2, 2, 4, 4, 8]
+        widths.append(request.state.block_size)
+    # 8 before anything is known; that a draft is good is known one forward later.
+    assert widths == [8, 8, 2, 2, 4, 4, 8, 8, 8, 8, 8, 8]
+
+
+def test_a_row_whose_drafts_all_fail_rests_ever_longer_and_then_drafts_again():
+    def wavering(position, call):
+        return (call if position < 140 else position) % 7, 0.99
+
+    engine = Engine(ScriptedBackbone(wavering), CAUSAL, slots=1, max_length=256, draft_budget=16, prefix_cache=False)
+    request = engine.submit(PROMPTS[0], DecodingConfig(max_new_tokens=200, threshold=0.0, stop_token_ids=()))
+    widths = []
+    while not engine.idle:
+        engine.step()
+        widths.append(request.state.block_size)
+    runs = [(width, len(list(group))) for width, group in groupby(widths)]
+    # A try takes two forwards: one to draft, and one to know.
+    rests = [(1, rest) for rest in (4, 8, 16, 32, 32, 32)]
+    assert runs == [(8, 2), (2, 3), *(step for rest in rests for step in (rest, (2, 2))), (4, 2), (8, 7)]
 
 
 def test_the_backbone_names_the_budget_unless_the_engine_is_given_one():

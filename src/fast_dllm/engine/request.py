@@ -9,6 +9,7 @@ from fast_dllm.decoding.forward import Forward
 from fast_dllm.decoding.state import DecodeState
 
 _REMEMBERED = 4
+_SHORTEST_REST, _LONGEST_REST = 4, 32
 
 
 @dataclass(eq=False)
@@ -30,24 +31,38 @@ class Request:
     held: int = 0
     _draws: list[float] = field(init=False, default_factory=list)
     _kept: deque[int] = field(init=False, default_factory=lambda: deque(maxlen=_REMEMBERED))
+    _rest: int = field(init=False, default=0)
+    _next_rest: int = field(init=False, default=_SHORTEST_REST)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.decoding.seed)
         self._settled = self.state.settled
+        self._drafted = False
 
     def note(self) -> None:
-        """Take note of what the forward that was absorbed has settled."""
+        """Take note of what the forward that was absorbed has settled, and whether it leaves a draft to the next."""
         before, self._settled = self._settled, self.state.settled
+        drafted, self._drafted = self._drafted, self.state.block_size > 1
+        if self._rest:
+            self._rest -= 1
         # The first token of an answer comes with no draft before it.
-        if self.state.prompt_length < before < self._settled:
-            self._kept.append(self._settled - before)
+        if not drafted or not self.state.prompt_length < before < self._settled:
+            return
+        self._kept.append(self._settled - before)
+        if self._kept[-1] > 1:
+            self._rest, self._next_rest = 0, _SHORTEST_REST
+        elif not self._rest and len(self._kept) == _REMEMBERED and max(self._kept) == 1:
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
 
     @property
     def promising(self) -> int | None:
         """How many tokens are worth drafting: twice the most that one of the last forwards kept; None before any did.
 
-        What is drafted beyond what will be kept costs its share of a forward for nothing.
+        What is drafted beyond what will be kept costs its share of a forward for nothing. So where none of the last
+        drafts was kept, one token at a time for a while, then another try, and a longer while if that fails too.
         """
+        if self._rest:
+            return 1
         return 2 * max(self._kept) if self._kept else None
 
     def draw(self, position: int) -> float:
