@@ -1,6 +1,6 @@
 """Which masked tokens a step reveals."""
 
-import torch
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,14 +10,10 @@ INF = float("inf")
 
 
 def revealed(confidence, masked=None, *, threshold=INF, at_least=1, factor=0.0):
-    row = torch.tensor([confidence], dtype=torch.float64)
-    hidden = torch.ones_like(row, dtype=torch.bool) if masked is None else torch.tensor([masked])
-    parameters = PolicyParameters(
-        torch.tensor([[threshold]], dtype=torch.float64),
-        torch.tensor([[at_least]]),
-        torch.tensor([[factor]], dtype=torch.float64),
-    )
-    return select(row, hidden, parameters)[0].nonzero()[:, 0].tolist()
+    row = np.array([confidence])
+    hidden = np.ones(row.shape, dtype=bool) if masked is None else np.array([masked])
+    parameters = PolicyParameters(np.array([[threshold]]), np.array([[at_least]]), np.array([[factor]]))
+    return select(row, hidden, parameters)[0].nonzero()[0].tolist()
 
 
 def test_threshold_excludes_equality():
@@ -91,28 +87,29 @@ ROWS = st.lists(
 )
 
 
+def table(rows):
+    """Confidences and masks of the rows, and their thresholds, counts and factors."""
+    confidence = np.array([[c for c, _ in row] for row, *_ in rows])
+    masked = np.array([[m for _, m in row] for row, *_ in rows])
+    return confidence, masked, *(np.array([[row[i]] for row in rows]) for i in (1, 2, 3))
+
+
 @settings(max_examples=300)
 @given(ROWS)
 def test_rows_of_mixed_policies_each_follow_their_own(rows):
-    confidence = torch.tensor([[c for c, _ in row] for row, *_ in rows], dtype=torch.float64)
-    masked = torch.tensor([[m for _, m in row] for row, *_ in rows])
-    column = [torch.tensor([[row[i]] for row in rows]) for i in (1, 2, 3)]
-    parameters = PolicyParameters(column[0].double(), column[1], column[2].double())
-    chosen = select(confidence, masked, parameters)
+    confidence, masked, *bounds = table(rows)
+    chosen = select(confidence, masked, PolicyParameters(*bounds))
     assert not (chosen & ~masked).any()
     for r, (_, threshold, at_least, factor) in enumerate(rows):
         expected = naive(confidence[r].tolist(), masked[r].tolist(), threshold, at_least, factor)
-        assert chosen[r].nonzero()[:, 0].tolist() == expected
+        assert chosen[r].nonzero()[0].tolist() == expected
 
 
 @given(ROWS, st.booleans(), st.booleans())
 def test_bound_that_no_row_uses_may_be_left_out(rows, counted, bounded):
-    confidence = torch.tensor([[c for c, _ in row] for row, *_ in rows], dtype=torch.float64)
-    masked = torch.tensor([[m for _, m in row] for row, *_ in rows])
-    threshold = torch.tensor([[row[1]] for row in rows], dtype=torch.float64)
-    at_least = torch.tensor([[row[2] if counted else 1] for row in rows])
-    factor = torch.tensor([[row[3] if bounded else 0.0] for row in rows], dtype=torch.float64)
+    confidence, masked, threshold, at_least, factor = table(rows)
+    at_least = at_least if counted else np.ones_like(at_least)
+    factor = factor if bounded else np.zeros_like(factor)
     short = PolicyParameters(threshold, at_least if counted else None, factor if bounded else None)
-    assert select(confidence, masked, short).equal(
-        select(confidence, masked, PolicyParameters(threshold, at_least, factor))
-    )
+    whole = PolicyParameters(threshold, at_least, factor)
+    assert (select(confidence, masked, short) == select(confidence, masked, whole)).all()

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,7 +92,7 @@ def test_bound_is_tight(n):
 def test_tokens_that_factor_one_reveals_together_are_the_argmax_of_their_joint(case):
     joint, _ = case
     confidence = marginals(joint).max(-1).values
-    factor_one = PolicyParameters(torch.tensor([[torch.inf]]), torch.tensor([[1]]), torch.tensor([[1.0]]))
-    chosen = select(confidence[None], torch.ones(1, joint.dim(), dtype=torch.bool), factor_one)[0]
+    factor_one = PolicyParameters(np.array([[np.inf]]), np.array([[1]]), np.array([[1.0]]))
+    chosen = select(confidence.numpy()[None], np.ones((1, joint.dim()), dtype=bool), factor_one)[0]
     together = joint.sum([a for a in range(joint.dim()) if not chosen[a]]) if not chosen.all() else joint
     assert parallel_argmax(together) == joint_argmax(together)

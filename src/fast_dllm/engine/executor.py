@@ -1,15 +1,16 @@
 """Runs one forward for a group of rows: builds its tensors, samples, and applies the policies.
 
-Shape legend: R rows, N candidate tokens, W the most candidates of a row, V vocabulary.
+Shape legend: N candidate tokens, V vocabulary.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fast_dllm.cache import KVCache
 from fast_dllm.config import BlockDiffusionConfig, ConfidenceMeasure, DecodingConfig
 from fast_dllm.decoding.forward import Revealed
-from fast_dllm.decoding.policy import PolicyParameters, select
+from fast_dllm.decoding.policy import Floats, PolicyParameters, select
 from fast_dllm.decoding.sampling import SamplingParameters, greedy, sample
 from fast_dllm.engine.request import Row
 from fast_dllm.model.backbone import Backbone, ForwardBatch, RowSpan
@@ -114,36 +115,41 @@ class Executor:
 
     def _reveal(self, rows: list[Row], tokens: Tensor, confidence: Tensor) -> list[list[Revealed]]:
         """Apply each row's policy; the one place where a tick waits for the device."""
-        counts = [count for row in rows for count in row.forward.decisions]
-        settings = [row.request.decoding for row in rows for _ in row.forward.decisions]
-        policies = self._policies(settings, confidence.dtype)
-        if min(counts) == max(counts):
-            window = confidence.view(len(counts), -1)
-            chosen = select(window, torch.ones_like(window, dtype=torch.bool), policies).flatten()
-        else:
-            masked = torch.arange(max(counts), device=tokens.device) < self._tensor(counts)[:, None]
-            window = torch.zeros(masked.shape, dtype=confidence.dtype, device=tokens.device)
-            window[masked] = confidence
-            chosen = select(window, masked, policies)[masked]
-        # One transfer for all three: a float32 holds any token id below 2^24.
-        together = torch.stack((tokens.to(confidence.dtype), confidence, chosen.to(confidence.dtype)))
-        all_tokens, all_confidences, all_chosen = together.tolist()
+        # One transfer for both: a float32 holds any token id below 2^24.
+        together = torch.stack((tokens.to(confidence.dtype), confidence)).cpu()
+        chosen = _chosen(rows, together[1].numpy(), self._config)
+        all_tokens, all_confidences = together.tolist()
         revealed: list[list[Revealed]] = []
         start = 0
         for row in rows:
             candidates = enumerate(row.forward.candidates, start)
-            revealed.append([(c, int(all_tokens[i]), all_confidences[i]) for i, c in candidates if all_chosen[i]])
+            revealed.append([(c, int(all_tokens[i]), all_confidences[i]) for i, c in candidates if chosen[i]])
             start += len(row.forward.candidates)
         return revealed
 
-    def _policies(self, settings: list[DecodingConfig], dtype: torch.dtype) -> PolicyParameters:
-        model = self._config
-        thresholds = [[s.threshold_on(model) if s.policy == "threshold" else torch.inf] for s in settings]
-        threshold = self._tensor(thresholds, dtype)
-        if all(s.policy == "threshold" for s in settings):
-            return PolicyParameters(threshold)
-        return PolicyParameters(
-            threshold=threshold,
-            at_least=self._tensor([[s.tokens_per_step if s.policy == "fixed" else 1] for s in settings]),
-            factor=self._tensor([[s.factor if s.policy == "factor" else 0.0] for s in settings], dtype),
-        )
+
+def _chosen(rows: list[Row], confidence: Floats, model: BlockDiffusionConfig) -> list[bool]:
+    """Which candidates of all rows, end to end, are revealed."""
+    counts = [count for row in rows for count in row.forward.decisions]
+    if max(counts) == 1:  # the most confident is revealed in any case
+        return [True] * len(confidence)
+    settings = [row.request.decoding for row in rows for _ in row.forward.decisions]
+    masked = np.arange(max(counts)) < np.array(counts)[:, None]
+    window = np.zeros(masked.shape, confidence.dtype)
+    window[masked] = confidence
+    chosen: list[bool] = select(window, masked, _policies(settings, model, confidence.dtype))[masked].tolist()
+    return chosen
+
+
+def _policies(
+    settings: list[DecodingConfig], model: BlockDiffusionConfig, dtype: np.dtype[np.floating]
+) -> PolicyParameters:
+    thresholds = [[s.threshold_on(model) if s.policy == "threshold" else np.inf] for s in settings]
+    threshold = np.array(thresholds, dtype)
+    if all(s.policy == "threshold" for s in settings):
+        return PolicyParameters(threshold)
+    return PolicyParameters(
+        threshold=threshold,
+        at_least=np.array([[s.tokens_per_step if s.policy == "fixed" else 1] for s in settings]),
+        factor=np.array([[s.factor if s.policy == "factor" else 0.0] for s in settings], dtype),
+    )
