@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from decoding_cases import bytes_allocated, tokens
 from fast_dllm.cache import LayerShape
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
-from fast_dllm.decoding.sampling import greedy
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.generation import generate_batch
 from fast_dllm.model.backbone import ForwardBatch, RowSpan
@@ -67,59 +66,6 @@ def test_the_norm_comes_before_the_product(kind):
     # Rounding may fall to the other side of a tie, hence the step of a rounded input as tolerance.
     expected = emulated(kind, normed, weight).float()
     torch.testing.assert_close(ops.linear(ops.make_linear(weight, None), x, norm), expected, atol=0.2, rtol=0.02)
-
-
-BFLOAT16 = pytest.mark.skipif(MISSING["bfloat16"] is not None, reason=str(MISSING["bfloat16"]))
-
-
-@BFLOAT16
-@pytest.mark.parametrize("vocabulary", [1, 15, 16, 2048, 2049, 5000])
-@pytest.mark.parametrize("count", [1, 7])
-def test_the_likeliest_token_and_its_probability_are_those_of_torch(count, vocabulary):
-    torch.manual_seed(vocabulary)
-    logits = 4 * torch.randn(count, vocabulary)
-    logits[0, vocabulary // 2 :] = -torch.inf  # whole vectors of them
-    logits[0, 0] = 3.0
-    ops = CpuOps(shape(), "block", int8=False)
-    for banned in (None, 0, vocabulary - 1) if vocabulary > 1 else (None,):
-        token, probability = ops.likeliest(logits, banned)
-        expected_token, expected = greedy(logits, banned, "probability")
-        # Nothing is left to choose where all others are impossible.
-        rows = slice(1 if banned == 0 and vocabulary <= 3 else 0, None)
-        assert torch.equal(token[rows], expected_token[rows])
-        torch.testing.assert_close(probability[rows], expected[rows], rtol=2e-6, atol=1e-12)
-
-
-@BFLOAT16
-def test_of_equally_likely_tokens_the_first_is_taken():
-    logits = torch.zeros(2, 5000)
-    logits[0, [3, 70, 4500]] = logits[1, [4100, 4990]] = 1.0
-    token, _ = CpuOps(shape(), "block", int8=False).likeliest(logits, banned=3)
-    assert token.tolist() == [70, 4100]
-
-
-@BFLOAT16
-def test_a_banned_token_keeps_its_share_of_the_probability():
-    logits = torch.zeros(1, 4)
-    logits[0, 2] = 200.0  # beyond what a float32 can take the exponential of
-    token, probability = CpuOps(shape(), "block", int8=False).likeliest(logits, banned=2)
-    assert token.item() == 0
-    assert 0 <= probability.item() < 1e-37
-
-
-@BFLOAT16
-def test_the_likeliest_hangs_neither_on_neighbours_nor_on_threads():
-    torch.manual_seed(0)
-    logits = 5 * torch.randn(9, 5000)
-    ops, threads = CpuOps(shape(), "block", int8=False), torch.get_num_threads()
-    together = ops.likeliest(logits, 7)[1]
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            alone = torch.cat([ops.likeliest(row[None], 7)[1] for row in logits])
-            assert torch.equal(alone, together)
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Layer:

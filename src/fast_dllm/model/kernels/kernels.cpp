@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "inputs.h"
 #include "items.h"
 #include "likeliest.h"
 #include "linear.h"
@@ -43,21 +44,6 @@ struct Slabs {  // mirrors the ctypes structure in cpu_ops.py
   char* const* layers;  // [slots][K/V heads][blocks], see cached.h
 };
 
-// Memory that is kept between calls: no allocation once the largest batch has been seen.
-template <class T>
-class Buffer {
- public:
-  T* grow(int64_t count) {
-    const size_t room = 64 / sizeof(T);
-    if (values_.size() < count + room) values_.resize(count + room);
-    // Whole cache lines: a vector that straddles two costs two loads.
-    return reinterpret_cast<T*>(up(reinterpret_cast<uintptr_t>(values_.data()), uintptr_t(64)));
-  }
-
- private:
-  std::vector<T> values_;
-};
-
 // Adds the time since the last lap to a part, if anybody watches.
 class Stopwatch {
  public:
@@ -74,15 +60,6 @@ class Stopwatch {
   double last_;
 };
 
-// Of the rows of a linear layer, those at which a gated adapter acts.
-struct Masked {
-  const uint8_t* positions;  // [T], or null for nowhere
-  const int64_t* read;       // [N], positions of the rows; null where every position is a row
-
-  bool any() const { return positions; }
-  bool operator()(int row) const { return positions && positions[read ? read[row] : row]; }
-};
-
 // The most inputs that a linear layer has, an adapter's among them.
 template <class Kind>
 int widest_of(const Model& model) {
@@ -94,55 +71,6 @@ int widest_of(const Model& model) {
   }
   return units * Kind::kPerUnit;
 }
-
-// The inputs of linear layers, row by row.
-template <class Kind>
-class Inputs {
- public:
-  Inputs(int count, int widest, int threads) {
-    thread_local Buffer<typename Kind::Input> values;
-    thread_local Buffer<float> scales, rows;
-    thread_local Buffer<int32_t> undo;
-    values_ = values.grow(int64_t(count) * units_of<Kind>(widest) * Kind::kInputsPerUnit);
-    scales_ = scales.grow(count);
-    undo_ = undo.grow(count);
-    row_stride_ = up(widest, kLanes);
-    rows_ = rows.grow(int64_t(threads) * kMasked * row_stride_);
-  }
-
-  // `make(row, to)` writes the inputs of one of the rows. Shared by the threads of a team.
-  template <class Make>
-  Operand<Kind> prepare(const Linear& layer, int first, int end, Masked masked, Make make) const {
-    fetch_first_panel<Kind>(layer);
-    const int units = masked.any() ? most_units<Kind>(layer) : units_of<Kind>(layer.inputs);
-    const Operand<Kind> operand{values_, scales_, undo_, int64_t(units) * Kind::kInputsPerUnit};
-    float* rows = rows_ + int64_t(omp_get_thread_num()) * kMasked * row_stride_;
-    int waiting[kMasked], count = 0;
-    const auto extend_waiting = [&] {
-      extend<Kind>(layer, rows, row_stride_, count);
-      for (int i = 0; i < count; ++i) operand.set(waiting[i], rows + i * row_stride_, extended<Kind>(layer));
-      count = 0;
-    };
-    // In turns, since masked positions, which take longer, follow one another.
-#pragma omp for schedule(static, 1) nowait
-    for (int r = first; r < end; ++r) {
-      float* row = rows + count * row_stride_;
-      make(r, row);
-      if (masked(r)) waiting[count++] = r;
-      else operand.set(r, row, layer.inputs);
-      if (count == kMasked) extend_waiting();
-    }
-    extend_waiting();
-#pragma omp barrier
-    return operand;
-  }
-
- private:
-  typename Kind::Input* values_;
-  float *scales_, *rows_;
-  int32_t* undo_;
-  int64_t row_stride_;
-};
 
 constexpr int64_t kFetched = 512 << 10;  // bytes of a layer: what a second-level cache holds beside other things
 
@@ -347,25 +275,6 @@ void run_linear(const Linear& layer, const float* norm, float epsilon, int count
     });
     multiply<Kind>(layer, operand, count, out, false);
     watch.lap(kHeadPart);
-  }
-}
-
-// See `fast_dllm_likeliest`.
-void find_likeliest(const float* logits, int count, int vocabulary, int banned, int64_t* tokens, float* probabilities,
-                    int threads) {
-  thread_local Buffer<Likely> buffer;
-  const int parts = (vocabulary + kSome - 1) / kSome;
-  Likely* found = buffer.grow(int64_t(count) * parts);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int i = 0; i < count * parts; ++i) {
-    const int row = i / parts, first = i % parts * kSome;
-    found[i] = likely_among(logits + int64_t(row) * vocabulary, first, std::min(first + kSome, vocabulary), banned);
-  }
-  for (int r = 0; r < count; ++r) {
-    Likely all = found[r * parts];
-    for (int p = 1; p < parts; ++p) all.add(found[r * parts + p]);
-    tokens[r] = all.token;
-    probabilities[r] = all.probability();
   }
 }
 

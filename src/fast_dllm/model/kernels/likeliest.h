@@ -3,6 +3,7 @@
 
 #include <cfloat>
 
+#include "buffer.h"
 #include "vectors.h"
 
 namespace kernels {
@@ -55,6 +56,25 @@ inline Likely likely_among(const float* logits, int first, int end, int banned) 
   }
   likely.sum = _mm512_reduce_add_ps(sum);
   return likely;
+}
+
+// See `fast_dllm_likeliest`.
+inline void find_likeliest(const float* logits, int count, int vocabulary, int banned, int64_t* tokens, float* probabilities,
+                    int threads) {
+  thread_local Buffer<Likely> buffer;
+  const int parts = (vocabulary + kSome - 1) / kSome;
+  Likely* found = buffer.grow(int64_t(count) * parts);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int i = 0; i < count * parts; ++i) {
+    const int row = i / parts, first = i % parts * kSome;
+    found[i] = likely_among(logits + int64_t(row) * vocabulary, first, std::min(first + kSome, vocabulary), banned);
+  }
+  for (int r = 0; r < count; ++r) {
+    Likely all = found[r * parts];
+    for (int p = 1; p < parts; ++p) all.add(found[r * parts + p]);
+    tokens[r] = all.token;
+    probabilities[r] = all.probability();
+  }
 }
 
 }  // namespace kernels
