@@ -7,6 +7,7 @@ import pytest
 from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.cli.app import main
 from fast_dllm.data.tasks import held_out_items
+from fast_dllm.errors import FastDLLMError
 from fast_dllm.evaluation.benchmark import evaluate
 from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, seen_in_training, unseen_questions
 from fast_dllm.evaluation.procedural import ProceduralBenchmark
@@ -33,6 +34,11 @@ def test_verified_answers_are_those_of_ar_and_other_models_have_none(causal, tmp
     assert list(ways_to_decode(block, [0.5])) == [AUTOREGRESSIVE, "diffusion 0.5"]
     plain = BlockDiffusionLM.from_pretrained(save_tiny(tmp_path / "plain", adapted=False))
     assert list(ways_to_decode(plain, [0.5])) == [AUTOREGRESSIVE]
+    assert list(ways_to_decode(lm, [0.5], verify=True)) == [AUTOREGRESSIVE, "verified 0.5"]
+    for one in (lm, block):
+        assert list(ways_to_decode(one, [0.5], verify=False)) == [AUTOREGRESSIVE, "diffusion 0.5"]
+    with pytest.raises(FastDLLMError, match="has an autoregressive answer"):
+        ways_to_decode(block, [0.5], verify=True)
 
 
 def test_questions_that_the_box_was_trained_on_are_left_out():

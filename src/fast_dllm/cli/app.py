@@ -105,7 +105,7 @@ app.command(epilog=_examples("fast-dllm info my-model", "fast-dllm info smollm2-
 app.command(
     name="eval",
     epilog=_examples(
-        "fast-dllm eval smollm2 --items 500 --dtype int8",
+        "fast-dllm eval smollm2 --items 500 --dtype int8 --verify",
         "fast-dllm eval my-model --task chain_sum,leg_counting --threshold 0.8,0.9 --against my-ar-model",
         "fast-dllm eval my-model --task gsm8k,ifeval --benchmark-data gsm8k=test.jsonl --few-shot 0 --items 100",
     ),

@@ -38,6 +38,14 @@ def evaluate(
     threshold: Annotated[
         str, typer.Option("--threshold", metavar="NUMBERS", help="Of block diffusion.")
     ] = "0.5,0.6,0.7,0.8,0.9,1.0",
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Besides AR, only drafts that are verified, or only what is not [default: both, where the model can].",
+            show_default=False,
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option("--against", metavar="MODEL", help="Compare with this model's AR answers, not the model's own."),
@@ -89,6 +97,7 @@ def evaluate(
         tasks=None if task is None else split_tasks(task),
         count=items,
         thresholds=thresholds,
+        verify=verify,
         baseline=against,
         dtype=dtype,
         cache_dtype=cache_dtype,

@@ -28,6 +28,7 @@ def run_eval(
     tasks: Sequence[str] | None = None,
     count: int | None = None,
     thresholds: Sequence[float] = (0.9,),
+    verify: bool | None = None,
     baseline: str | Path | None = None,
     dtype: str | None = None,
     cache_dtype: CacheDtype | None = None,
@@ -46,6 +47,7 @@ def run_eval(
         count: procedural questions, over all tasks (None: 200; none that a recipe of this repository trains on), and
             of each task of lm-evaluation-harness (None: all).
         thresholds: of block diffusion.
+        verify: see `ways_to_decode`.
         baseline: a model whose AR answers are compared with; None compares with the model's own.
         dtype: as for `from_pretrained`.
         cache_dtype: as for `from_pretrained`.
@@ -73,7 +75,7 @@ def run_eval(
     )
     benchmarks = [*_procedural(names, count, max_new_tokens), *others]
     lm = _load(model, dtype, cache_dtype)
-    ways = _ways(lm, benchmarks, thresholds)
+    ways = _ways(lm, benchmarks, thresholds, verify)
     contestants = [(lm, ways)]
     if baseline is not None:
         contestants.insert(0, (_load(baseline, dtype, cache_dtype), {f"AR of {baseline}": ways[AUTOREGRESSIVE]}))
@@ -130,9 +132,9 @@ def _load(model: str | Path, dtype: str | None, cache_dtype: CacheDtype | None) 
 
 
 def _ways(
-    lm: BlockDiffusionLM, benchmarks: Sequence[Benchmark], thresholds: Sequence[float]
+    lm: BlockDiffusionLM, benchmarks: Sequence[Benchmark], thresholds: Sequence[float], verify: bool | None
 ) -> dict[str, DecodingConfig]:
-    ways = ways_to_decode(lm, thresholds)
+    ways = ways_to_decode(lm, thresholds, verify=verify)
     likelihoods = [benchmark.name for benchmark in benchmarks if not benchmark.decodes]
     if not likelihoods:
         return ways

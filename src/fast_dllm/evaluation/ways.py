@@ -8,22 +8,28 @@ from fast_dllm.config import DecodingConfig
 AUTOREGRESSIVE = "AR"
 
 
-def ways_to_decode(lm: BlockDiffusionLM, thresholds: Sequence[float]) -> dict[str, DecodingConfig]:
+def ways_to_decode(
+    lm: BlockDiffusionLM, thresholds: Sequence[float], *, verify: bool | None = None
+) -> dict[str, DecodingConfig]:
     """AR, and block diffusion at each threshold: drafted and verified where the model allows it, and not verified.
 
     Args:
         lm: the model.
         thresholds: of block diffusion.
+        verify: True leaves out what is not verified, False what is; None leaves out nothing.
 
     Returns:
         Settings by name.
+
+    Raises:
+        FastDLLMError: for True, where the model cannot verify.
     """
     ways = {AUTOREGRESSIVE: DecodingConfig(block_size=1, small_block_size=1)}
     if lm.config.block_size == 1:  # not adapted
         return ways
-    verifies = DecodingConfig().verifies(lm.config)
-    for verify in (True, False) if verifies else (False,):
+    verifies = DecodingConfig(verify=verify).verifies(lm.config)
+    for verified in (True, False) if verifies and verify is None else (verifies,):
         for threshold in thresholds:
-            name = f"{'verified' if verify else 'diffusion'} {threshold:g}"
-            ways[name] = DecodingConfig(threshold=threshold, verify=verify)
+            name = f"{'verified' if verified else 'diffusion'} {threshold:g}"
+            ways[name] = DecodingConfig(threshold=threshold, verify=verified)
     return ways
