@@ -78,8 +78,8 @@ class Engine:
             prefix_cache: keep the K/V of requests that have ended until their slot is needed, and let a request
                 whose beginning is known, from those or from a running one, start behind it.
             draft_budget: masks that a tick looks at, shared by the rows that verify their drafts: the more rows, the
-                less each drafts, down to AR decoding. Of its share a row drafts twice what it has lately kept. Answers
-                depend on neither. None: the backbone's.
+                less each drafts, down to AR decoding. Of its share a row drafts what has lately proved promising
+                (`Request.promising`). Answers depend on neither. None: the backbone's.
         """
         self._config = config
         self._backbone = backbone
