@@ -24,7 +24,7 @@ void scatter(const Element* key, const Element* value, int width, int place, cha
   constexpr int per_unit = 4 / sizeof(Element);
   auto* keys = reinterpret_cast<Element*>(block);
   Element* values = keys + kBlock * width;
-  for (int i = 0; i < width; ++i) keys[(i / per_unit * kBlock + place) * per_unit + i % per_unit] = key[i];
+  for (int i = 0; i < width; i += per_unit) std::memcpy(keys + i * kBlock + place * per_unit, key + i, 4);
   for (int i = 0; i < width; ++i) values[(place / per_unit * width + i) * per_unit + place % per_unit] = value[i];
 }
 
@@ -81,11 +81,15 @@ struct Int8Cache {
 
   // To steps of the scale that is returned, in bfloat16: rounded itself, it makes nothing larger than 127.3 steps.
   static uint16_t round(const float* values, int width, int plus, int8_t* to) {
-    float largest = 1e-30f;
-    for (int i = 0; i < width; ++i) largest = std::max(largest, std::abs(values[i]));
-    const uint16_t scale = to_bfloat16(largest / 127.0f);
-    const float inverse = 1.0f / from_bfloat16(scale);
-    for (int i = 0; i < width; ++i) to[i] = int8_t(int(std::nearbyint(values[i] * inverse)) + plus);
+    __m512 most = _mm512_set1_ps(1e-30f);
+    for (int i = 0; i < width; i += kLanes) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(values + i)));
+    const uint16_t scale = to_bfloat16(_mm512_reduce_max_ps(most) / 127.0f);
+    const __m512 inverse = _mm512_set1_ps(1.0f / from_bfloat16(scale));
+    for (int i = 0; i < width; i += kLanes) {
+      const __m512i steps = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i), inverse));
+      const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(steps, _mm512_set1_epi32(plus)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), bytes);
+    }
     return scale;
   }
 
