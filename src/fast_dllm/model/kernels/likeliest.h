@@ -8,7 +8,7 @@
 
 namespace kernels {
 
-constexpr int kSome = 2048;  // logits whose exponentials are summed together, whichever thread does it
+constexpr int kTogether = 2048;  // logits whose exponentials are summed together, whichever thread does it
 
 // What some logits of a position come to.
 struct Likely {
@@ -62,12 +62,12 @@ inline Likely likely_among(const float* logits, int first, int end, int banned) 
 inline void find_likeliest(const float* logits, int count, int vocabulary, int banned, int64_t* tokens, float* probabilities,
                     int threads) {
   thread_local Buffer<Likely> buffer;
-  const int parts = (vocabulary + kSome - 1) / kSome;
+  const int parts = (vocabulary + kTogether - 1) / kTogether;
   Likely* found = buffer.grow(int64_t(count) * parts);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int i = 0; i < count * parts; ++i) {
-    const int row = i / parts, first = i % parts * kSome;
-    found[i] = likely_among(logits + int64_t(row) * vocabulary, first, std::min(first + kSome, vocabulary), banned);
+    const int row = i / parts, first = i % parts * kTogether;
+    found[i] = likely_among(logits + int64_t(row) * vocabulary, first, std::min(first + kTogether, vocabulary), banned);
   }
   for (int r = 0; r < count; ++r) {
     Likely all = found[r * parts];
