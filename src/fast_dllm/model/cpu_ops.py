@@ -26,7 +26,7 @@ from fast_dllm.model.weights import LayerWeights, Shape
 
 # Outputs of a panel of packed weights, bytes of a unit, what a rank is a multiple of, and lanes of a vector: as in
 # kernels/linear.h.
-_PANEL, _UNIT, _DOTS, _LANES = 48, 4, 4, 16
+_PANEL, _UNIT, _DOTS, _LANES = 32, 4, 4, 16
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 """Widths of a head that the attention kernel is compiled for."""
 
@@ -98,7 +98,7 @@ class _Cache(ctypes.Structure):
 
 
 class KernelLinear:
-    """Weights packed for the kernel: panels of 48 outputs, units of 4 bytes of inputs inside."""
+    """Weights packed for the kernel: panels of 32 outputs, units of 4 bytes of inputs inside."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, memory: WeightMemory, *, int8: bool

@@ -13,9 +13,9 @@
 
 namespace kernels {
 
-constexpr int kVectors = 3;                  // vectors in a panel
+constexpr int kVectors = 2;                  // vectors in a panel
 constexpr int kPanel = kLanes * kVectors;    // outputs in a panel
-constexpr int kRows = 8;                     // positions that share a loaded weight: 8 x 3 sums fill the registers
+constexpr int kRows = 14;                    // positions that share a loaded weight: 14 x 2 sums fill the registers
 constexpr int kDots = 4;                     // sums of down @ x that share a loaded x; a multiple of every unit
 constexpr int kMasked = 4;                   // positions whose down @ x are computed together
 
@@ -223,7 +223,10 @@ void multiply(const Linear& layer, const Operand<Kind>& inputs, int count, float
       const int first = count * pass / passes, rows = count * (pass + 1) / passes - first;
 #define ROWS(n) \
   case n: panel<Kind, n>(inputs, first, parts, adapted ? 2 : 1, pass, passes, layer, p * kPanel, out, add); break;
-      switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) }
+      switch (rows) {
+        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7)
+        ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14)
+      }
 #undef ROWS
     }
   }
