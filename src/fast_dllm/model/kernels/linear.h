@@ -15,7 +15,6 @@ namespace kernels {
 
 constexpr int kVectors = 2;                  // vectors in a panel
 constexpr int kPanel = kLanes * kVectors;    // outputs in a panel
-constexpr int kRows = 14;                    // positions that share a loaded weight: 14 x 2 sums fill the registers
 constexpr int kDots = 4;                     // sums of down @ x that share a loaded x; a multiple of every unit
 constexpr int kMasked = 4;                   // positions whose down @ x are computed together
 
@@ -60,6 +59,7 @@ struct Int8 {
   typedef __m512i Sum;
   typedef int32_t Input;  // a unit
   static constexpr int kPerUnit = 4, kInputsPerUnit = 1;
+  static constexpr int kRows = 14;  // positions that share a loaded weight: 14 x 2 sums fill the registers
   // Weights are stored plus 128, since the instruction wants one unsigned side; `undo` takes that out again.
   static Sum start(int32_t undo) { return _mm512_set1_epi32(-undo); }
   template <int rows, int vectors>
@@ -93,6 +93,7 @@ struct BFloat16 {
   typedef __m512 Sum;
   typedef float Input;
   static constexpr int kPerUnit = 2, kInputsPerUnit = 2;
+  static constexpr int kRows = 16;  // a few sums in memory cost less than to unpack the weights in two passes
   static Sum start(int32_t) { return _mm512_setzero_ps(); }
   template <int rows, int vectors>
   static void step(Sum (&acc)[rows][vectors], const __m512i (&weights)[vectors], const Input* inputs, int64_t stride) {
@@ -212,7 +213,7 @@ void fetch_first_panel(const Linear& layer) {
 template <class Kind>
 void multiply(const Linear& layer, const Operand<Kind>& inputs, int count, float* out, bool add,
               const void* next = nullptr) {
-  const int passes = (count + kRows - 1) / kRows;
+  const int passes = (count + Kind::kRows - 1) / Kind::kRows;
   const bool adapted = inputs.stride > int64_t(units_of<Kind>(layer.inputs)) * Kind::kInputsPerUnit;
   int first_panel, end_panel;
   own_share(panels_of(layer), &first_panel, &end_panel);
@@ -225,7 +226,7 @@ void multiply(const Linear& layer, const Operand<Kind>& inputs, int count, float
   case n: panel<Kind, n>(inputs, first, parts, adapted ? 2 : 1, pass, passes, layer, p * kPanel, out, add); break;
       switch (rows) {
         ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7)
-        ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14)
+        ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14) ROWS(15) ROWS(16)
       }
 #undef ROWS
     }
