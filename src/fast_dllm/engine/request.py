@@ -8,8 +8,8 @@ from fast_dllm.config import DecodingConfig
 from fast_dllm.decoding.forward import Forward
 from fast_dllm.decoding.state import DecodeState
 
-_REMEMBERED = 4
-_SHORTEST_REST, _LONGEST_REST = 4, 32
+_REMEMBERED = 4  # forwards that had a draft
+_SHORTEST_REST, _LONGEST_REST = 4, 32  # forwards without one
 
 
 @dataclass(eq=False)
