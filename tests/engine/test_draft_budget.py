@@ -60,31 +60,29 @@ def test_who_stays_drafts_more_when_others_leave():
     assert long.state.block_size == 8
 
 
-def test_a_row_drafts_twice_what_it_has_lately_kept():
-    def wavering(position, call):
-        return (call if position < 12 else position) % 7, 0.99
+def widths_where_drafts_fail_before(border, max_new_tokens):
+    """How wide each forward of a request looks, whose drafts are refused before a position and kept behind it."""
 
-    engine = Engine(ScriptedBackbone(wavering), CAUSAL, slots=1, max_length=64, draft_budget=16, prefix_cache=False)
-    request = engine.submit(PROMPTS[0], DecodingConfig(max_new_tokens=48, threshold=0.0, stop_token_ids=()))
+    def wavering(position, call):
+        return (call if position < border else position) % 7, 0.99
+
+    engine = Engine(ScriptedBackbone(wavering), CAUSAL, slots=1, max_length=256, draft_budget=16, prefix_cache=False)
+    asked = DecodingConfig(max_new_tokens=max_new_tokens, threshold=0.0, stop_token_ids=())
+    request = engine.submit(PROMPTS[0], asked)
     widths = []
     while not engine.idle:
         engine.step()
         widths.append(request.state.block_size)
+    return widths
+
+
+def test_a_row_drafts_twice_what_it_has_lately_kept():
     # 8 before anything is known; that a draft is good is known one forward later.
-    assert widths == [8, 8, 2, 2, 4, 4, 8, 8, 8, 8, 8, 8]
+    assert widths_where_drafts_fail_before(12, 48) == [8, 8, 2, 2, 4, 4, 8, 8, 8, 8, 8, 8]
 
 
 def test_a_row_whose_drafts_all_fail_rests_ever_longer_and_then_drafts_again():
-    def wavering(position, call):
-        return (call if position < 140 else position) % 7, 0.99
-
-    engine = Engine(ScriptedBackbone(wavering), CAUSAL, slots=1, max_length=256, draft_budget=16, prefix_cache=False)
-    request = engine.submit(PROMPTS[0], DecodingConfig(max_new_tokens=200, threshold=0.0, stop_token_ids=()))
-    widths = []
-    while not engine.idle:
-        engine.step()
-        widths.append(request.state.block_size)
-    runs = [(width, len(list(group))) for width, group in groupby(widths)]
+    runs = [(width, len(list(group))) for width, group in groupby(widths_where_drafts_fail_before(140, 200))]
     # A try takes two forwards: one to draft, and one to know.
     rests = [(1, rest) for rest in (4, 8, 16, 32, 32, 32)]
     assert runs == [(8, 2), (2, 3), *(step for rest in rests for step in (rest, (2, 2))), (4, 2), (8, 7)]
