@@ -59,8 +59,8 @@ inline Likely likely_among(const float* logits, int first, int end, int banned) 
 }
 
 // See `fast_dllm_likeliest`.
-inline void find_likeliest(const float* logits, int count, int vocabulary, int banned, int64_t* tokens, float* probabilities,
-                    int threads) {
+inline void find_likeliest(const float* logits, int count, int vocabulary, int banned, int64_t* tokens,
+                           float* probabilities, int threads) {
   thread_local Buffer<Likely> buffer;
   const int parts = (vocabulary + kTogether - 1) / kTogether;
   Likely* found = buffer.grow(int64_t(count) * parts);
