@@ -150,6 +150,23 @@ def test_a_gated_adapter_goes_on_top_of_a_merged_one_and_is_trained_on(base, tmp
     assert any("lora" in name for name, value in before.items() if not torch.equal(value, after[name]))
 
 
+def test_drafts_follow_another_fine_tune(base, tmp_path):
+    plain = replace(OPTIONS, gated_lora=False, mask_ratio=None, objective="ar")
+    for seed, name in enumerate(("tuned", "other")):
+        adapt(base, make_samples(), replace(plain, seed=seed), tmp_path / name)
+    adapt(tmp_path / "tuned", make_samples(), OPTIONS, tmp_path / "drafts")
+    other = str(tmp_path / "other")
+    adapt(tmp_path / "drafts", make_samples(), replace(OPTIONS, base=other), tmp_path / "following")
+    tuned, following, beneath = (load_checkpoint(tmp_path / name) for name in ("tuned", "following", "other"))
+    assert following.base == str((tmp_path / "other").resolve())
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(following.model(ids).logits, beneath.model(ids).logits)
+        assert not torch.equal(tuned.model(ids).logits, beneath.model(ids).logits)
+    with pytest.raises(FastDLLMError, match="not a LoRA adapter, so base="):
+        adapt(base, make_samples(), replace(OPTIONS, base=other), tmp_path / "wrong")
+
+
 def test_what_a_gated_adapter_cannot_be(base, tmp_path):
     adapt(base, make_samples(), OPTIONS, tmp_path / "gated")
     everywhere = replace(OPTIONS, gated_lora=False)

@@ -100,19 +100,22 @@ def load_checkpoint(
     return checkpoint
 
 
-def load_adapter_base(directory: str | Path, *, dtype: str | torch.dtype | None = None) -> Checkpoint:
+def load_adapter_base(
+    directory: str | Path, *, dtype: str | torch.dtype | None = None, base: str | Path | None = None
+) -> Checkpoint:
     """Load what an adapter was trained on, to go on training the adapter.
 
     Args:
         directory: of the adapter.
         dtype: as for `load_checkpoint`.
+        base: as for `load_checkpoint`.
 
     Raises:
         FastDLLMError: when the adapter is broken or belongs to another base.
 
     """
     with quiet():
-        return open_base(Path(directory), partial(load_checkpoint, dtype=dtype), base=None)
+        return open_base(Path(directory), partial(load_checkpoint, dtype=dtype), base=base)
 
 
 def load_tokenizer_of(source: str | Path) -> PreTrainedTokenizerBase:

@@ -117,7 +117,7 @@ def _in_memory(plan: Recipe) -> "tuple[Any, TrainingData]":
         skip_bad_rows=plan.skip_bad_rows,
         seed=options.seed,
     )
-    tokenizer = _tokenizer(plan.model, options.mask_token)
+    tokenizer = _tokenizer(plan.model, options)
     return tokenizer, render_conversations(tokenizer, conversations, max_length=options.max_length)
 
 
@@ -134,7 +134,7 @@ def _stream(plan: Recipe) -> "tuple[Any, SampleStream]":
         buffer, seed = options.shuffle_buffer, options.seed
         return stream_documents(plan.data, made, shuffle_buffer=buffer, seed=seed, bad=bad, epoch=epoch)
 
-    tokenizer = _tokenizer(plan.model, options.mask_token)
+    tokenizer = _tokenizer(plan.model, options)
     held_out, max_length = options.eval_samples, options.max_length
     return tokenizer, SampleStream(tokenizer, documents, held_out=held_out, max_length=max_length, bad=bad)
 
@@ -154,15 +154,15 @@ def _probe(plan: Recipe, tokenizer: Any) -> "list[ProbeItem]":
     return [ProbeItem(text.prompt_ids(item.messages()[:-1]), verifier(item)) for item in items]
 
 
-def _tokenizer(model: str, mask_token: str | None) -> Any:
+def _tokenizer(model: str, options: AdaptOptions) -> Any:
     """The model's tokenizer. The model is loaded whole, so that a bad one is refused before the run begins."""
     from fast_dllm.checkpoint import add_mask_token, load_checkpoint
 
-    checkpoint = load_checkpoint(model)
+    checkpoint = load_checkpoint(model, base=options.base)
     if checkpoint.tokenizer is None:
         raise FastDLLMError(f"{model}: has no tokenizer, so conversations cannot be rendered for it")
-    if mask_token is not None:
-        add_mask_token(checkpoint, token=mask_token)
+    if options.mask_token is not None:
+        add_mask_token(checkpoint, token=options.mask_token)
     return checkpoint.tokenizer
 
 

@@ -32,8 +32,8 @@ def open_adapter(source: str | Path, dtype: torch.dtype, options: AdaptOptions) 
     path = Path(source)
     is_adapter = (path / "adapter_config.json").exists()
     if is_adapter and options.lora_rank and is_gated(path) == options.gated_lora:
-        return load_adapter_base(path, dtype=dtype), path
-    checkpoint = load_checkpoint(source, dtype=dtype)
+        return load_adapter_base(path, dtype=dtype, base=options.base), path
+    checkpoint = load_checkpoint(source, dtype=dtype, base=options.base)
     if gated_token(checkpoint.model) is not None:
         remedy = "go on training it with --gated-lora" if is_adapter else f"train one on {checkpoint.base}"
         raise FastDLLMError(f"{source}: has a gated adapter already; {remedy}")

@@ -39,6 +39,8 @@ class AdaptOptions(_FromMapping):
         gated_lora: let the adapter act at mask tokens alone (arXiv 2507.11851). With causal context attention the
             autoregressive answers stay bit for bit what they were, and verified drafts give them: only speed is
             trained. It is not merged, so a forward with masks in it takes a little longer.
+        base: of the LoRA adapter that is trained on, instead of its own: another fine-tune of the same model, say, that
+            drafts are to follow.
         lora_base: of the layers under a LoRA adapter: "dense", or "nf4" for 4-bit weights (QLoRA; needs bitsandbytes).
         mask_token: a vocabulary entry to use as mask token; None finds or adds one.
         dtype: of the arithmetic: "bfloat16" (autocast), "float32", or "auto", the faster one of this machine.
@@ -75,6 +77,7 @@ class AdaptOptions(_FromMapping):
     lora_rank: int = 32
     lora_alpha: int | None = None
     gated_lora: bool = False
+    base: str | None = None
     lora_base: Literal["dense", "nf4"] = "dense"
     mask_token: str | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
