@@ -1,6 +1,6 @@
-"""Put a trained adapter into the package: matrices in 8-bit floats, and without the tokenizer, which the base has.
+"""Make a trained adapter small: matrices in 8-bit floats, and without the tokenizer, which the base has.
 
-python recipes/package_smollm2.py runs/smollm2/more-autoregressive smollm2-ar
+python recipes/round_adapter.py runs/smollm2/longer-cut src/fast_dllm/assets/smollm2-ar
 """
 
 import json
@@ -12,27 +12,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-ASSETS = Path(__file__).parent.parent / "src" / "fast_dllm" / "assets"
 EIGHT_BITS = torch.float8_e4m3fn
 
 
-def main(adapter: Path, name: str) -> None:
-    """Replace the packaged adapter `name` by `adapter`, which stays what it is.
+def main(adapter: Path, out: Path) -> None:
+    """Write `adapter` to `out`, which is replaced.
 
     Rounding to 8 bits moves each matrix by 2.6%, and its product with the other one, which is itself a thirtieth of the
     weights beneath, accordingly less.
     """
-    packaged = ASSETS / name
-    packaged.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     config = json.loads((adapter / "adapter_config.json").read_text())
     weights, scale = rounded(load_file(adapter / "adapter_model.safetensors"))
-    save_file(weights, packaged / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config["lora_alpha"] *= scale
-    (packaged / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (packaged / "block_diffusion.json").write_text((adapter / "block_diffusion.json").read_text())
-    card = (adapter / "README.md").read_text().replace(adapter.name, name)
+    config["alpha_pattern"] = {layer: alpha * scale for layer, alpha in config["alpha_pattern"].items()}
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "block_diffusion.json").write_text((adapter / "block_diffusion.json").read_text())
+    card = (adapter / "README.md").read_text().replace(adapter.name, out.name)
     note = "\nRounded to 8-bit floats; its scale is in `lora_alpha`, so it is not one to go on training.\n"
-    (packaged / "README.md").write_text(card + note)
+    (out / "README.md").write_text(card + note)
 
 
 def rounded(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
@@ -54,4 +53,4 @@ def _gain(weights: dict[str, Tensor], kind: str) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,103 @@
+"""What makes the adapters in the package small: fewer ranks, and 8-bit floats."""
+
+import json
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from fast_dllm.checkpoint import load_checkpoint
+from fast_dllm.training.adapt import adapt
+from fast_dllm.training.options import AdaptOptions
+from samples import make_samples
+from tiny import save_tiny
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CUT = runpy.run_path(str(RECIPES / "cut_adapter.py"))
+ROUND = runpy.run_path(str(RECIPES / "round_adapter.py"))
+MASK = 54  # the row behind the tokenizer's last
+CONVERSATIONS = [
+    [{"role": "user", "content": f"what is {n} and {n + 1}?"}, {"role": "assistant", "content": f"it is {2 * n + 1}."}]
+    for n in range(6)
+]
+GATED = AdaptOptions(
+    steps=6,
+    batch_size=4,
+    learning_rate=3e-2,
+    warmup_steps=0,
+    max_length=64,
+    block_size=8,
+    lora_rank=4,
+    context_attention="causal",
+    gated_lora=True,
+    mask_ratio=1.0,
+)
+EVERYWHERE = replace(GATED, gated_lora=False, objective="ar")
+
+
+@pytest.fixture(params=[EVERYWHERE, GATED], ids=["everywhere", "gated"])
+def adapter(request, tmp_path):
+    base = save_tiny(tmp_path / "base", adapted=False, architecture="llama")
+    adapt(base, make_samples(), request.param, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def logits(directory):
+    checkpoint = load_checkpoint(directory)
+    assert checkpoint.config.mask_token_id in (MASK, None)
+    ids = torch.arange(4, 28)[None]
+    ids[0, 12:] = MASK
+    with torch.no_grad():
+        return checkpoint.model(ids).logits
+
+
+def numbers(directory):
+    with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+        return sum(file.get_tensor(name).numel() for name in file.keys() if "lora_" in name)  # noqa: SIM118
+
+
+def test_in_8_bit_floats_it_is_the_adapter_but_for_rounding(adapter, tmp_path):
+    ROUND["main"](adapter, tmp_path / "small")
+    sizes = [(directory / "adapter_model.safetensors").stat().st_size for directory in (adapter, tmp_path / "small")]
+    assert sizes[1] < 0.7 * sizes[0]
+    plain, whole, small = (logits(tmp_path / name) for name in ("base", "adapter", "small"))
+    assert 0 < (small - whole).norm() < 0.06 * (whole - plain).norm()
+
+
+def test_cut_to_all_its_numbers_it_is_the_adapter(adapter, tmp_path):
+    CUT["main"](adapter, tmp_path / "cut", numbers(adapter), CONVERSATIONS)
+    assert numbers(tmp_path / "cut") == numbers(adapter)
+    torch.testing.assert_close(logits(tmp_path / "cut"), logits(adapter), atol=1e-4, rtol=1e-4)
+
+
+def test_cut_to_half_it_is_nearer_to_the_adapter_than_to_none(adapter, tmp_path):
+    CUT["main"](adapter, tmp_path / "cut", numbers(adapter) // 2, CONVERSATIONS)
+    assert numbers(tmp_path / "cut") <= numbers(adapter) // 2
+    ROUND["main"](tmp_path / "cut", tmp_path / "small")
+    patterns = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
+    assert len(set(patterns["rank_pattern"].values())) > 1
+    plain, whole, cut, small = (logits(tmp_path / name) for name in ("base", "adapter", "cut", "small"))
+    assert 0 < (cut - whole).norm() < 0.5 * (whole - plain).norm()
+    assert 0 < (small - cut).norm() < 0.1 * (whole - plain).norm()
+
+
+def test_no_other_cut_to_as_many_ranks_is_nearer_on_the_inputs_it_was_made_for():
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(12, 6, generator=generator), torch.randn(6, 10, generator=generator)
+    x = torch.randn(200, 10, generator=generator) * torch.linspace(0.1, 4, 10)
+    ranks = CUT["by_size"](up, down, x.T @ x / len(x))
+    product = (up @ down).double()
+
+    def error(cut):
+        return float(((product - cut) @ x.T.double()).norm() / len(x) ** 0.5)
+
+    u, s, v = torch.linalg.svd(product)
+    for count in range(1, 6):
+        kept = ranks.up[:, :count] @ torch.diag(ranks.sizes[:count]) @ ranks.down[:count]
+        assert error(kept) == pytest.approx(float(ranks.sizes[count:].norm()), rel=1e-2)
+        assert error(kept) < error(u[:, :count] @ torch.diag(s[:count]) @ v[:count])
+    a, b = CUT["matrices"](ranks, 6)
+    torch.testing.assert_close(b @ a, up @ down, atol=1e-4, rtol=1e-4)
