@@ -46,17 +46,21 @@ chats: install  ## the conversations that recipes train on: alpaca_en_demo, and 
 
 BOX := runs/smollm2
 adapt = $(BIN)/fast-dllm adapt --recipe recipes/$(1).json --out $(2)
-package = $(BIN)/python recipes/package_smollm2.py $(1) $(2)
-model: chats  ## train the model in the box again: fine-tune it autoregressively, then teach it to draft (about three hours)
+round = $(BIN)/python recipes/round_adapter.py $(1) $(2)
+cut = $(BIN)/python recipes/cut_adapter.py $(1) $(1)-cut --numbers $(3) --chats $(CHATS)/own.jsonl && $(call round,$(1)-cut,src/fast_dllm/assets/$(2))
+model: chats  ## train the model in the box again: fine-tune it autoregressively, then teach it to draft (four to six hours)
 	$(call adapt,smollm2-1-autoregressive,$(BOX)/autoregressive)
 	$(call adapt,smollm2-2-more-autoregressive,$(BOX)/more-autoregressive)
 	$(call adapt,smollm2-3-six-tasks-and-chats,$(BOX)/six-tasks-and-chats)
-	$(call package,$(BOX)/six-tasks-and-chats,smollm2-ar)
+	$(call round,$(BOX)/six-tasks-and-chats,$(BOX)/six-tasks-and-chats-rounded)
 	$(call adapt,smollm2-4-drafts,$(BOX)/drafts)
 	$(call adapt,smollm2-5-more-drafts,$(BOX)/more-drafts)
-	$(call package,$(BOX)/more-drafts,smollm2)
+	$(call adapt,smollm2-6-longer,$(BOX)/longer)
+	$(call cut,$(BOX)/longer,smollm2-ar,4.0e6)
+	$(call adapt,smollm2-7-drafts-follow,$(BOX)/drafts-follow)
+	$(call cut,$(BOX)/drafts-follow,smollm2,1.5e6)
 
-baseline: model  ## spend what teaching it to draft took on fine-tuning instead, and compare (about an hour more)
+baseline: model  ## spend what teaching it to draft took on fine-tuning instead, and compare (more than an hour)
 	$(call adapt,smollm2-baseline,$(BOX)/baseline)
 	$(BIN)/fast-dllm eval smollm2 --against $(BOX)/baseline --dtype int8 --items 504 --batch-size 8 \
 	    --out $(BOX)/eval.json

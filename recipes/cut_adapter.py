@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from fast_dllm.data.build import task_documents
 from fast_dllm.evaluation.box import TASKS_OF_THE_BOX
 
 PREFIX = "base_model.model."
+AT_ONCE = 2048
+"""Positions whose inputs are multiplied at once."""
 
 
 class Ranks(NamedTuple):
@@ -79,19 +82,29 @@ def input_moments(adapter: Path, samples: list[list[dict[str, str]]]) -> dict[st
     checkpoint = load_checkpoint(adapter, dtype="float32")
     model: Any = checkpoint.model.eval()
     moments: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = defaultdict(list)
     acts = torch.ones(0, dtype=torch.bool)
 
-    def add(name: str, x: Tensor) -> None:
-        moments[name] = moments.get(name, torch.zeros(())) + x[0, acts].T @ x[0, acts]
+    def add(name: str) -> None:
+        # A few inputs are thousands of times as large as the others: in float32 the small ones would be lost.
+        x = torch.cat(seen.pop(name)).double()
+        moments[name] = moments.get(name, torch.zeros(())) + x.T @ x
+
+    def see(name: str, x: Tensor) -> None:
+        seen[name].append(x[0, acts])
+        if sum(map(len, seen[name])) >= AT_ONCE:
+            add(name)
 
     for name, module in model.named_modules():
         if hasattr(module, "in_features") and ".layers." in name and not re.search(r"\.(lora_|base_layer)", name):
-            module.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
+            module.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
     positions = 0
     mask = checkpoint.config.mask_token_id if is_gated(adapter) else None
     for ids, acts in rows(checkpoint, samples, mask):
         model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
         positions += int(acts.sum())
+    for name in list(seen):
+        add(name)
     return {name.removeprefix(PREFIX): total / positions for name, total in moments.items()}
 
 
@@ -114,7 +127,7 @@ def by_size(up: Tensor, down: Tensor, moment: Tensor) -> Ranks:
     """The product's ranks, each as large as what it adds: the singular values behind inputs of this moment."""
     # A little of everything: inputs that no sample had must not be free.
     floor = 1e-3 * moment.diagonal().mean() * torch.eye(len(moment))
-    root = torch.linalg.cholesky((moment + floor).double())
+    root = torch.linalg.cholesky(moment + floor)
     left, upper = torch.linalg.qr(up.double())
     right, lower = torch.linalg.qr((down.double() @ root).T)
     u, sizes, v = torch.linalg.svd(upper @ lower.T)
@@ -135,9 +148,14 @@ def share(ranks: Mapping[str, Ranks], numbers: int) -> dict[str, int]:
 
 
 def matrices(ranks: Ranks, count: int) -> tuple[Tensor, Tensor]:
-    """LoRA's A and B of the first ranks, their largest numbers alike."""
+    """LoRA's A and B of the first ranks, mixed, and the largest numbers of the two alike.
+
+    Mixed by a rotation, every rank is about as large: the engine quantises what they make of a position in equal steps.
+    """
     roots = ranks.sizes[:count].sqrt()
-    a, b = roots[:, None] * ranks.down[:count], ranks.up[:, :count] * roots
+    noise = torch.randn(count, count, generator=torch.Generator().manual_seed(0), dtype=roots.dtype)
+    rotation, _ = torch.linalg.qr(noise)
+    a, b = rotation @ (roots[:, None] * ranks.down[:count]), (ranks.up[:, :count] * roots) @ rotation.T
     balance = (a.abs().max() / b.abs().max()).sqrt()
     return (a / balance).float().contiguous(), (b * balance).float().contiguous()
 
