@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,6 +49,8 @@ class Ranks(NamedTuple):
 def main(adapter: Path, out: Path, numbers: int, samples: list[list[dict[str, str]]]) -> None:
     """Write `adapter` cut to `numbers` numbers to `out`."""
     config = json.loads((adapter / "adapter_config.json").read_text())
+    if config["rank_pattern"]:
+        sys.exit(f"{adapter}: its layers have ranks of their own already; cut the adapter that it was made from")
     weights = load_file(adapter / "adapter_model.safetensors")
     moments = input_moments(adapter, samples)
     ranks = {}
@@ -83,7 +86,7 @@ def input_moments(adapter: Path, samples: list[list[dict[str, str]]]) -> dict[st
     model: Any = checkpoint.model.eval()
     moments: dict[str, Tensor] = {}
     seen: dict[str, list[Tensor]] = defaultdict(list)
-    acts = torch.ones(0, dtype=torch.bool)
+    acts = torch.ones(0, dtype=torch.bool)  # of the sample under way
 
     def add(name: str) -> None:
         # A few inputs are thousands of times as large as the others: in float32 the small ones would be lost.

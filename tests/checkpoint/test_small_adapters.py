@@ -76,6 +76,8 @@ def test_cut_to_all_its_numbers_it_is_the_adapter(adapter, tmp_path):
 def test_cut_to_half_it_is_nearer_to_the_adapter_than_to_none(adapter, tmp_path):
     CUT["main"](adapter, tmp_path / "cut", numbers(adapter) // 2, CONVERSATIONS)
     assert numbers(tmp_path / "cut") <= numbers(adapter) // 2
+    with pytest.raises(SystemExit, match="have ranks of their own already"):
+        CUT["main"](tmp_path / "cut", tmp_path / "again", numbers(adapter) // 3, CONVERSATIONS)
     ROUND["main"](tmp_path / "cut", tmp_path / "small")
     patterns = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     assert len(set(patterns["rank_pattern"].values())) > 1
