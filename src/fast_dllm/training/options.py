@@ -39,8 +39,8 @@ class AdaptOptions(_FromMapping):
         gated_lora: let the adapter act at mask tokens alone (arXiv 2507.11851). With causal context attention the
             autoregressive answers stay bit for bit what they were, and verified drafts give them: only speed is
             trained. It is not merged, so a forward with masks in it takes a little longer.
-        base: of the LoRA adapter that is trained on, instead of its own: another fine-tune of the same model, say, that
-            drafts are to follow.
+        base: of the LoRA adapter that is trained on, instead of its own: another LoRA fine-tune of the same model,
+            which drafts are to follow.
         lora_base: of the layers under a LoRA adapter: "dense", or "nf4" for 4-bit weights (QLoRA; needs bitsandbytes).
         mask_token: a vocabulary entry to use as mask token; None finds or adds one.
         dtype: of the arithmetic: "bfloat16" (autocast), "float32", or "auto", the faster one of this machine.
