@@ -161,6 +161,7 @@ MODELS = {
     "no mask token": (lambda b: b.generate(b.plain, "--block-size", 8), "this model has no mask token; adapt it"),
     "adapter for another base": (lambda b: b.generate(foreign_adapter(b)), "trained on another base"),
     "base of no adapter": (lambda b: b.generate(b.adapted, "--base", b.plain), "not a LoRA adapter"),
+    "trained over the base of no adapter": (lambda b: b.adapt("--base", b.plain), "not a LoRA adapter"),
     "truncated gguf": (lambda b: b.generate(truncated_gguf(b)), "truncated or damaged GGUF"),
     "no gguf": (lambda b: b.generate(b.file("model.gguf", "hello")), "not a GGUF file"),
     "broken tokenizer": (
