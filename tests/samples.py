@@ -1,10 +1,26 @@
-"""Random samples for training tests."""
+"""Random samples and short recipes for training tests."""
 
 import random
 from collections.abc import Iterator
 
 from fast_dllm.data.chat import Sample
 from fast_dllm.data.mixture import shuffled
+from fast_dllm.training.options import AdaptOptions
+
+GATED = AdaptOptions(
+    steps=6,
+    batch_size=4,
+    learning_rate=1e-2,
+    warmup_steps=0,
+    max_length=64,
+    block_size=8,
+    save_every=2,
+    lora_rank=4,
+    context_attention="causal",
+    gated_lora=True,
+    mask_ratio=1.0,
+)
+"""Teach a tiny model to draft."""
 
 
 def make_samples(count: int = 24) -> list[Sample]:

@@ -16,25 +16,12 @@ from fast_dllm.objective import lay_out
 from fast_dllm.training import trainer as trainer_module
 from fast_dllm.training.adapt import adapt
 from fast_dllm.training.lora import wrap_with_lora
-from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.trainer import with_training_forward
+from samples import GATED as OPTIONS
 from samples import make_samples
 from tiny import ARCHITECTURES, save_tiny, tiny_model
 
-MASK, BLOCK = 63, 8
-OPTIONS = AdaptOptions(
-    steps=6,
-    batch_size=4,
-    learning_rate=1e-2,
-    warmup_steps=0,
-    max_length=64,
-    block_size=BLOCK,
-    save_every=2,
-    lora_rank=4,
-    context_attention="causal",
-    gated_lora=True,
-    mask_ratio=1.0,
-)
+MASK, BLOCK = 63, OPTIONS.block_size
 
 
 @pytest.fixture
