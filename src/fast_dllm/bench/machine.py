@@ -16,6 +16,7 @@ from torch import Tensor
 # Much larger than the caches of any CPU of today (the largest have some hundred MiB).
 _BUFFER_BYTES = 1 << 30
 _MATMUL_SIZE = 2048
+_TRIAL_SIZE = 256
 _TRIES = 4
 _LIBRARIES = ("fast-dllm", "torch", "transformers", "xllamacpp", "gguf", "matplotlib", "reasoning-gym")
 
@@ -81,13 +82,18 @@ def _bandwidth() -> float:
 
 @torch.inference_mode()
 def _matmul_flops(dtype: str) -> float:
-    size = _MATMUL_SIZE
+    # The fastest way at a small size: some are plain loops on some CPUs, and would take a minute at the large one.
+    seconds = [_best_seconds(product) for product in _products(_TRIAL_SIZE, dtype)]
+    fastest = _products(_MATMUL_SIZE, dtype)[seconds.index(min(seconds))]
+    return 2 * _MATMUL_SIZE**3 / _best_seconds(fastest)
+
+
+def _products(size: int, dtype: str) -> list[Callable[[], Tensor]]:
+    """The ways torch multiplies matrices of a dtype on this machine."""
     if dtype == "int8":
-        products = _int8_products(size)
-    else:
-        # A narrow dtype may also be widened and multiplied in float32, which is faster on some CPUs.
-        products = [_product(size, kind) for kind in {getattr(torch, dtype), torch.float32}]
-    return 2 * size**3 / min(_best_seconds(product) for product in products)
+        return _int8_products(size)
+    # A narrow dtype may also be widened and multiplied in float32, which is faster on some CPUs.
+    return [_product(size, kind) for kind in (getattr(torch, dtype), torch.float32)]
 
 
 def _product(size: int, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -96,7 +102,6 @@ def _product(size: int, dtype: torch.dtype) -> Callable[[], Tensor]:
 
 
 def _int8_products(size: int) -> list[Callable[[], Tensor]]:
-    """The ways torch multiplies int8 matrices on this machine."""
     matrix = torch.randint(-127, 128, (size, size), dtype=torch.int8)
     products: list[Callable[[], Tensor]] = [lambda: torch._int_mm(matrix, matrix.t())]
     if "fbgemm" in torch.backends.quantized.supported_engines:

@@ -9,7 +9,6 @@ from fast_dllm.bench.bench import Bench
 from fast_dllm.bench.setting import Setting, usual_settings
 from fast_dllm.bench.throughput import ask
 from fast_dllm.config import CacheDtype
-from fast_dllm.model.kernels import why_no_kernels
 from fast_dllm.model.native import NativeBackbone
 
 _REFERENCE = "float32"
@@ -69,10 +68,9 @@ def _contestants(bench: Bench) -> Iterator[tuple[str, BlockDiffusionLM]]:
         yield dtype, lm
         if not isinstance(lm.backbone, NativeBackbone) or not lm.backbone.kernels.startswith("own"):
             continue
-        if why_no_kernels("int8") is None:
-            other: CacheDtype = "bfloat16" if lm.backbone.cache_dtype == "int8" else "int8"
-            backbone = make_backbone(lm.checkpoint, int8=dtype == "int8", cache_dtype=other)
-            yield dtype, BlockDiffusionLM(lm.checkpoint, backbone)
+        other: CacheDtype = "bfloat16" if lm.backbone.cache_dtype == "int8" else "int8"
+        backbone = make_backbone(lm.checkpoint, int8=dtype == "int8", cache_dtype=other)
+        yield dtype, BlockDiffusionLM(lm.checkpoint, backbone)
         if dtype == "bfloat16":
             model, attention = lm.checkpoint.model, lm.config.context_attention
             torch_kernels = NativeBackbone(model, attention, lm.backbone.max_length, kernels="torch")

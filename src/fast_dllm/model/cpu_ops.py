@@ -275,7 +275,7 @@ class CpuOps:
 def kernel_seconds() -> Iterator[dict[str, float]]:
     """Seconds that our kernels spend inside, by part: linear, attention, head, rest. Known at the end."""
     seconds = dict.fromkeys(_PARTS, 0.0)
-    if why_no_kernels("bfloat16") is not None:
+    if why_no_kernels() is not None:
         yield seconds
         return
     kernels, array = load_kernels(), (ctypes.c_double * len(_PARTS))()

@@ -153,8 +153,6 @@ def _cache_dtype(wanted: CacheDtype | None, precision: Precision, why_not_own: s
     """The dtype of K/V in our own kernels; None without them."""
     if wanted not in (None, *get_args(CacheDtype)):
         raise FastDLLMError(f"cache_dtype={wanted!r}: must be {' or '.join(map(repr, get_args(CacheDtype)))}")
-    if why_not_own is None and wanted == "int8":
-        why_not_own = why_no_kernels("int8")
     if wanted is not None and why_not_own is not None:
         raise FastDLLMError(f"cache_dtype={wanted!r} needs our own CPU kernels ({why_not_own}); leave it out")
     if why_not_own is not None:
@@ -167,8 +165,6 @@ def _why_not_own(model: "PreTrainedModel", shape: Shape, precision: Precision) -
         return f"it is on {model.device.type}"
     if shape.head_dim not in HEAD_DIMS:
         return f"heads {shape.head_dim} wide are not among {', '.join(map(str, HEAD_DIMS))}"
-    if precision == "int8":
-        return why_no_kernels("int8")
-    if model.dtype != torch.bfloat16:
+    if precision != "int8" and model.dtype != torch.bfloat16:
         return f"they compute in int8 or bfloat16, not {str(model.dtype).removeprefix('torch.')}"
-    return why_no_kernels("bfloat16")
+    return why_no_kernels()

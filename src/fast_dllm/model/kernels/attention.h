@@ -15,12 +15,12 @@
 
 namespace kernels {
 
-constexpr int kQueries = 48;                  // queries that share a stretch
-constexpr int kMostRows = 12;                 // queries that share a loaded key: 12 x 2 or 6 x 4 sums fill the registers
-constexpr int kShort = 1024, kStretch = 512;  // keys before which a stretch is a chunk; keys of a stretch behind them
+constexpr int kQueries = 48;                    // queries that share a stretch
+constexpr int kMostRows = std::min(kSums, 12);  // queries that share a loaded key
+constexpr int kShort = 1024, kStretch = 512;    // keys before which a stretch is a chunk; keys of a stretch behind them
 
-// Blocks of keys, or vectors of values, that share a loaded query or weight.
-constexpr int vectors_for(int rows) { return rows > kMostRows / 2 ? 2 : 4; }
+// Blocks of keys, or vectors of values, that share a loaded query or weight: their sums fill the registers.
+constexpr int vectors_for(int rows) { return std::min(kSums, 24) / (rows > kMostRows / 2 ? kMostRows : kMostRows / 2); }
 
 inline int stretch_of(int key) { return key < kShort ? key / kChunk : kShort / kChunk + (key - kShort) / kStretch; }
 inline int stretch_start(int stretch) {
@@ -90,17 +90,17 @@ void score(const Queries<Cache>& queries, const Keys<Cache>& keys, int first_blo
   Fetcher fetcher(stream);
   for (int u = 0; u < units_of<Kind>(keys.width); ++u, in += Kind::kInputsPerUnit) {
     fetcher.step();
-    __m512i units[vectors];
-    UNROLL for (int v = 0; v < vectors; ++v) units[v] = _mm512_load_si512(block + v * bytes + u * sizeof(__m512i));
+    Ints units[vectors];
+    UNROLL for (int v = 0; v < vectors; ++v) units[v] = load_units(block + v * bytes + u * sizeof(Ints));
     Kind::step(acc, units, in, operand.stride);
   }
   typename Kind::Sum sums[rows][vectors];  // a copy: see linear.h
   UNROLL for (int r = 0; r < rows; ++r)
     UNROLL for (int v = 0; v < vectors; ++v) sums[r][v] = acc[r][v];
   for (int v = 0; v < vectors; ++v) {
-    const __m512 by = Cache::key_scales(block + v * bytes, keys.width);
+    const Floats by = Cache::key_scales(block + v * bytes, keys.width);
     for (int r = 0; r < rows; ++r)
-      _mm512_store_ps(scores + r * kChunk + (first_block + v) * kBlock, _mm512_mul_ps(Kind::result(sums[r][v]), by));
+      store(scores + r * kChunk + (first_block + v) * kBlock, Kind::result(sums[r][v]) * by);
   }
 }
 
@@ -112,32 +112,32 @@ void weigh(const float* query_scales, const Keys<Cache>& keys, float* scores, fl
   const int width = keys.width, count = keys.blocks() * kBlock;
   alignas(64) float value_scales[kChunk];
   for (int b = 0; b < keys.blocks(); ++b)
-    _mm512_store_ps(value_scales + b * kBlock, Cache::value_scales(keys.block(b), width));
+    store(value_scales + b * kBlock, Cache::value_scales(keys.block(b), width));
   float largest[rows];
   for (int r = 0; r < rows; ++r) {
-    __m512 most = _mm512_load_ps(scores + r * kChunk);
-    for (int k = kLanes; k < count; k += kLanes) most = _mm512_max_ps(most, _mm512_load_ps(scores + r * kChunk + k));
-    largest[r] = _mm512_reduce_max_ps(most) * query_scales[r];
+    Floats most = load(scores + r * kChunk);
+    for (int k = kLanes; k < count; k += kLanes) most = max(most, load(scores + r * kChunk + k));
+    largest[r] = max_of(most) * query_scales[r];
     *largest_in(partials[r], width) = largest[r];
   }
   Fetcher fetcher(stream);
-  __m512 mosts[rows];
+  Floats mosts[rows];
   for (int r = 0; r < rows; ++r) {
-    const __m512 scale = _mm512_set1_ps(query_scales[r]), top = _mm512_set1_ps(largest[r]);
-    __m512 sum = _mm512_setzero_ps(), most = _mm512_setzero_ps();
+    const Floats scale = floats(query_scales[r]), top = floats(largest[r]);
+    Floats sum = floats(0), most = floats(0);
     for (int k = 0; k < count; k += kLanes) {
       fetcher.step();
       float* at = scores + r * kChunk + k;
-      const __m512 weight = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(at), scale, top));
-      sum = _mm512_add_ps(sum, weight);
-      const __m512 scaled = _mm512_mul_ps(weight, _mm512_load_ps(value_scales + k));
-      most = _mm512_max_ps(most, scaled);
-      _mm512_store_ps(at, scaled);
+      const Floats weight = power_of_two(fmsub(load(at), scale, top));
+      sum = sum + weight;
+      const Floats scaled = weight * load(value_scales + k);
+      most = max(most, scaled);
+      store(at, scaled);
     }
-    _mm512_store_ps(partials[r] + width, sum);
+    store(partials[r] + width, sum);
     mosts[r] = most;
   }
-  for (int r = 0; r < rows; ++r) steps[r] = Cache::step_of(_mm512_reduce_max_ps(mosts[r]));
+  for (int r = 0; r < rows; ++r) steps[r] = Cache::step_of(max_of(mosts[r]));
 }
 
 // The sums of some elements of the values, `vectors` vectors from `first` on, by their weights [rows][kChunk floats].
@@ -152,10 +152,10 @@ void add_values(const typename Cache::Weight* weights, const float* steps, const
   Fetcher fetcher(stream);
   for (int b = 0; b < keys.blocks(); ++b) {
     const char* unit = keys.block(b) + Cache::values_at(keys.width) + first * 4;
-    for (int u = 0; u < kBlock / Kind::kPerUnit; ++u, unit += keys.width * 4, weights += Kind::kPerUnit) {
+    for (int u = 0; u < kBlock / Kind::kPerUnit; ++u, unit += keys.width * 4, weights += Kind::kInputsPerUnit) {
       fetcher.step();
-      __m512i values[vectors];
-      UNROLL for (int v = 0; v < vectors; ++v) values[v] = _mm512_load_si512(unit + v * sizeof(__m512i));
+      Ints values[vectors];
+      UNROLL for (int v = 0; v < vectors; ++v) values[v] = load_units(unit + v * sizeof(Ints));
       Cache::step(acc, values, weights, weights_stride);
     }
   }
@@ -164,8 +164,7 @@ void add_values(const typename Cache::Weight* weights, const float* steps, const
     UNROLL for (int v = 0; v < vectors; ++v) total[r][v] = acc[r][v];
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < vectors; ++v)
-      _mm512_store_ps(partials[r] + first + v * kLanes,
-                      _mm512_mul_ps(Kind::result(total[r][v]), _mm512_set1_ps(steps[r])));
+      store(partials[r] + first + v * kLanes, Kind::result(total[r][v]) * floats(steps[r]));
 }
 
 // Adds what a query has of further keys to what it has.
@@ -175,11 +174,10 @@ inline void fold(float* more, int width, float* partial) {
     std::copy_n(more, partial_width(width), partial);
     return;
   }
-  const __m512 less = power_of_two(_mm512_set1_ps(-std::abs(above))), one = _mm512_set1_ps(1.0f);
-  const __m512 old = above > 0 ? less : one, fresh = above > 0 ? one : less;
+  const Floats less = power_of_two(floats(-std::abs(above))), one = floats(1.0f);
+  const Floats old = above > 0 ? less : one, fresh = above > 0 ? one : less;
   for (int i = 0; i < width + kLanes; i += kLanes) {
-    const __m512 sum = _mm512_mul_ps(old, _mm512_loadu_ps(partial + i));
-    _mm512_storeu_ps(partial + i, _mm512_fmadd_ps(fresh, _mm512_loadu_ps(more + i), sum));
+    store(partial + i, fmadd(fresh, load(more + i), old * load(partial + i)));
   }
   *largest_in(partial, width) = std::max(*largest_in(partial, width), *largest_in(more, width));
 }
@@ -233,7 +231,9 @@ void attend(const Queries<Cache>& queries, const Keys<Cache>& keys, Stream& stre
     for (int pass = 0; pass < passes; ++pass) {
       const auto some = queries.some(queries.count * pass / passes, queries.count * (pass + 1) / passes);
 #define ROWS(n) \
-  case n: attend_chunk<Cache, n>(some, chunk, stream); break;
+  case n: \
+    if constexpr (n <= kMostRows) attend_chunk<Cache, n>(some, chunk, stream); \
+    break;
       switch (some.count) {
         ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
       }
@@ -245,8 +245,8 @@ void attend(const Queries<Cache>& queries, const Keys<Cache>& keys, Stream& stre
 // A query's stretches to its result [width].
 inline void merge(float* partials, int stretches, int width, float* out) {
   for (int s = 1; s < stretches; ++s) fold(partials + s * partial_width(width), width, partials);
-  const __m512 total = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_loadu_ps(partials + width)));
-  for (int i = 0; i < width; i += kLanes) _mm512_storeu_ps(out + i, _mm512_div_ps(_mm512_loadu_ps(partials + i), total));
+  const Floats total = floats(sum_of(load(partials + width)));
+  for (int i = 0; i < width; i += kLanes) store(out + i, load(partials + i) / total);
 }
 
 }  // namespace kernels

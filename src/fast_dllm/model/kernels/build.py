@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,14 +20,14 @@ _FLAGS = (
     "-O2 -ftree-vectorize -fvect-cost-model=dynamic -march=native -ffp-contract=fast -fno-math-errno"
     " -fno-trapping-math -std=c++17 -fPIC -shared -fopenmp"
 )
-_KINDS = {"int8": 1, "bfloat16": 2}
 
 
 @cache
 def load_kernels() -> ctypes.CDLL:
     """The compiled kernels; compiles them if this machine has not yet (a few seconds).
 
-    The library goes to `$XDG_CACHE_HOME/fast-dllm` (`~/.cache/fast-dllm`), named after all that went into it.
+    The library goes to `$XDG_CACHE_HOME/fast-dllm` (`~/.cache/fast-dllm`), named after all that went into it. `$CXX`
+    names another compiler, and `$CXXFLAGS` adds to its flags: -mno-avx512f compiles them as for a CPU with AVX2 alone.
 
     Raises:
         OSError: when there is no compiler, or it fails; the message is one line.
@@ -36,40 +37,37 @@ def load_kernels() -> ctypes.CDLL:
         raise OSError("no C++ compiler found (install g++, or name one in CXX)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [path.read_text(encoding="utf-8") for path in sorted((*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")))]
-    parts = [*sources, _FLAGS, version, _processor(), torch.__version__]
+    flags = [*_FLAGS.split(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    parts = [*sources, *flags, version, _processor(), torch.__version__]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = _cache_directory() / f"kernels-{digest}.so"
     if not library.exists():
-        _compile(compiler, library)
+        _compile([compiler, *flags], library)
     return ctypes.CDLL(str(library))
 
 
 @cache
-def why_no_kernels(kind: str) -> str | None:
-    """Why our kernels cannot run here; None if they can.
-
-    Args:
-        kind: "int8" or "bfloat16".
-    """
-    if platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "this CPU has no AVX-512"
+def why_no_kernels() -> str | None:
+    """Why our kernels cannot run here; None if they can."""
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.cpu._is_avx2_supported():
+        return "this CPU has no AVX2"
     try:
-        kinds: int = load_kernels().fast_dllm_kinds()
+        load_kernels()
     except OSError as error:
         return str(error)
-    return None if kinds & _KINDS[kind] else f"this CPU has no AVX-512 instructions for {kind}"
+    return None
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: list[str], library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         made = Path(scratch) / library.name
         # torch brings its own OpenMP under the usual name: linked by name, the kernels share its threads.
-        command = [compiler, *_FLAGS.split(), str(_SOURCES / "kernels.cpp"), "-o", str(made)]
+        command = [*compiler, str(_SOURCES / "kernels.cpp"), "-o", str(made)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode != 0:
             complaint = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr[:200])
-            raise OSError(f"{compiler} could not compile the CPU kernels: {complaint.strip()}")
+            raise OSError(f"{compiler[0]} could not compile the CPU kernels: {complaint.strip()}")
         made.replace(library)
 
 

@@ -43,24 +43,22 @@ struct BFloat16Cache {
     scatter(rounded[0], rounded[1], width, place, block);
   }
 
-  static __m512 key_scales(const char*, int) { return _mm512_set1_ps(1.0f); }
+  static Floats key_scales(const char*, int) { return floats(1.0f); }
 
-  static __m512 value_scales(const char*, int) { return _mm512_set1_ps(1.0f); }
+  static Floats value_scales(const char*, int) { return floats(1.0f); }
 
   static const Weight* convert(const float* weights, int, int, const float*) { return weights; }
   static float step_of(float) { return 1.0f; }
 
   template <int rows, int vectors>
-  static void step(__m512 (&acc)[rows][vectors], const __m512i (&values)[vectors], const Weight* weights,
-                   int64_t stride) {
+  INLINED static void step(Floats (&acc)[rows][vectors], const Ints (&values)[vectors], const Weight* weights, int64_t stride) {
     BFloat16::step(acc, values, weights, stride);
   }
 };
 
-#ifdef __AVX512VNNI__
 struct Int8Cache {
   typedef Int8 Kind;
-  typedef uint8_t Weight;
+  typedef int32_t Weight;
   static int64_t values_at(int width) { return kBlock * width; }
   static int64_t scales_at(int width) { return 2 * kBlock * width; }
   static int64_t block_bytes(int width) { return scales_at(width) + 2 * kBlock * sizeof(uint16_t); }
@@ -81,49 +79,35 @@ struct Int8Cache {
 
   // To steps of the scale that is returned, in bfloat16: rounded itself, it makes nothing larger than 127.3 steps.
   static uint16_t round(const float* values, int width, int plus, int8_t* to) {
-    __m512 most = _mm512_set1_ps(1e-30f);
-    for (int i = 0; i < width; i += kLanes) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(values + i)));
-    const uint16_t scale = to_bfloat16(_mm512_reduce_max_ps(most) / 127.0f);
-    const __m512 inverse = _mm512_set1_ps(1.0f / from_bfloat16(scale));
-    for (int i = 0; i < width; i += kLanes) {
-      const __m512i steps = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i), inverse));
-      const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(steps, _mm512_set1_epi32(plus)));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), bytes);
-    }
+    Floats most = floats(1e-30f);
+    for (int i = 0; i < width; i += kLanes) most = max(most, magnitude(load(values + i)));
+    const uint16_t scale = to_bfloat16(max_of(most) / 127.0f);
+    const Floats inverse = floats(1.0f / from_bfloat16(scale));
+    for (int i = 0; i < width; i += kLanes) store_bytes(to + i, add(rounded(load(values + i) * inverse), ints(plus)));
     return scale;
   }
 
-  static __m512 key_scales(const char* block, int width) { return from_bfloat16(scales_of(block, width)); }
+  static Floats key_scales(const char* block, int width) { return from_bfloat16(scales_of(block, width)); }
 
-  static __m512 value_scales(const char* block, int width) { return from_bfloat16(scales_of(block, width) + kBlock); }
+  static Floats value_scales(const char* block, int width) { return from_bfloat16(scales_of(block, width) + kBlock); }
 
-  // Weights [rows][kChunk] of float32 to steps, in place.
+  // Weights [rows][kChunk] of float32 to steps, from 0 to 255, in place: units, which take less room.
   static const Weight* convert(float* weights, int rows, int count, const float* steps) {
+    auto* units = reinterpret_cast<Weight*>(weights);
     for (int r = 0; r < rows; ++r) {
-      const float* row = weights + r * kChunk;
-      auto* to = reinterpret_cast<__m128i*>(weights + r * kChunk);
-      const __m512 inverse = _mm512_set1_ps(1.0f / steps[r]);
-      for (int k = 0; k < count; k += kLanes) {
-        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(row + k), inverse));
-        _mm_store_si128(to++, _mm512_cvtusepi32_epi8(rounded));
-      }
+      const Floats inverse = floats(1.0f / steps[r]);
+      for (int k = 0; k < count; k += kLanes)
+        store_units(units + r * kChunk + k / Kind::kPerUnit * kUnitInts, rounded(load(weights + r * kChunk + k) * inverse));
     }
-    return reinterpret_cast<const Weight*>(weights);
+    return units;
   }
   // Of weights of which `largest` is the largest.
   static float step_of(float largest) { return std::max(largest, 1e-30f) / 255.0f; }
 
   template <int rows, int vectors>
-  static void step(__m512i (&acc)[rows][vectors], const __m512i (&values)[vectors], const Weight* weights,
-                   int64_t stride) {
-    UNROLL for (int r = 0; r < rows; ++r) {
-      int32_t unit;
-      std::memcpy(&unit, weights + r * stride, sizeof unit);
-      UNROLL for (int v = 0; v < vectors; ++v)
-        acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], _mm512_set1_epi32(unit), values[v]);
-    }
+  INLINED static void step(Ints (&acc)[rows][vectors], const Ints (&values)[vectors], const Weight* weights, int64_t stride) {
+    add_products<true>(acc, values, weights, stride);
   }
 };
-#endif
 
 }  // namespace kernels

@@ -1,4 +1,4 @@
-// Decoding kernels for x86 CPUs with AVX-512; int8 needs VNNI too. Plain C interface: Python calls it with pointers.
+// Decoding kernels for x86 CPUs with AVX-512 or AVX2. Plain C interface: Python calls it with pointers.
 //
 // Activations are float32. Weights are int8 (a scale per output) or bfloat16; so are keys and values (cached.h).
 // Every result for a position depends on that position's inputs alone, in an order that the number of positions and
@@ -284,15 +284,6 @@ extern "C" {
 
 using namespace kernels;
 
-// Which instruction sets this file was built with: 1 int8, 2 bfloat16.
-int fast_dllm_kinds() {
-  int kinds = 2;
-#ifdef __AVX512VNNI__
-  kinds |= 1;
-#endif
-  return kinds;
-}
-
 // From now on every call adds its seconds by part to these four; null ends it.
 void fast_dllm_watch(double* seconds) { watched = seconds; }
 
@@ -300,21 +291,16 @@ void fast_dllm_watch(double* seconds) { watched = seconds; }
 // is read.
 void fast_dllm_layers(const Model* model, const Batch* batch, const Slabs* slabs, float* hidden, float* out,
                       int threads) {
-  auto* run = run_layers<BFloat16, BFloat16Cache>;
-#ifdef __AVX512VNNI__
+  auto* run = slabs->int8 ? run_layers<BFloat16, Int8Cache> : run_layers<BFloat16, BFloat16Cache>;
   if (model->int8) run = slabs->int8 ? run_layers<Int8, Int8Cache> : run_layers<Int8, BFloat16Cache>;
-  if (!model->int8 && slabs->int8) run = run_layers<BFloat16, Int8Cache>;
-#endif
   run(*model, *batch, *slabs, hidden, out, threads);
 }
 
 // out [T, O] = layer(RMSNorm(from [T, I])); no norm where that is null.
 void fast_dllm_linear(const Linear* layer, int int8, const float* norm, float epsilon, int count, const float* from,
                       float* out, int threads) {
-#ifdef __AVX512VNNI__
-  if (int8) run_linear<Int8>(*layer, norm, epsilon, count, from, out, threads);
-#endif
-  if (!int8) run_linear<BFloat16>(*layer, norm, epsilon, count, from, out, threads);
+  auto* run = int8 ? run_linear<Int8> : run_linear<BFloat16>;
+  run(*layer, norm, epsilon, count, from, out, threads);
 }
 
 // Of each row of logits [T, V], the likeliest token other than `banned` (-1 for none), the first of several, and its

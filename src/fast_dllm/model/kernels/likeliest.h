@@ -29,32 +29,29 @@ struct Likely {
 
 // Logits [first, end) of a position; the token `banned` is never chosen, but keeps its share of the probability.
 inline Likely likely_among(const float* logits, int first, int end, int banned) {
-  const __m512 none = _mm512_set1_ps(-INFINITY);
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i never = _mm512_set1_epi32(banned);
-  __m512 best = none, largest = none;
-  __m512i tokens = _mm512_set1_epi32(first);
+  const Floats none = floats(-INFINITY);
+  const Ints never = ints(banned);
+  Floats best = none, most = none;
+  Ints tokens = ints(first);
   for (int i = first; i < end; i += kLanes) {
-    const __m512 x = _mm512_mask_loadu_ps(none, some(end - i), logits + i);
-    const __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32(i));
-    const __mmask16 better = _mm512_cmp_ps_mask(x, best, _CMP_GT_OQ) & _mm512_cmpneq_epi32_mask(numbers, never);
-    best = _mm512_mask_mov_ps(best, better, x);
-    tokens = _mm512_mask_mov_epi32(tokens, better, numbers);
-    largest = _mm512_max_ps(x, largest);
+    const Floats x = load_some(logits + i, end - i, none);
+    const Ints here = add(numbers(), ints(i));
+    const Mask better = greater(x, best) & differ(here, never);
+    best = choose(better, x, best);
+    tokens = choose(better, here, tokens);
+    most = max(x, most);
   }
   Likely likely;
-  likely.logit = _mm512_reduce_max_ps(best);
-  const __mmask16 ties = _mm512_cmp_ps_mask(best, _mm512_set1_ps(likely.logit), _CMP_EQ_OQ);
-  likely.token = _mm512_mask_reduce_min_epi32(ties, tokens);
-  likely.largest = std::max(_mm512_reduce_max_ps(largest), -FLT_MAX);  // from -inf nothing can be subtracted
-  const __m512 top = _mm512_set1_ps(likely.largest);
-  __m512 sum = _mm512_setzero_ps();
+  likely.logit = max_of(best);
+  likely.token = min_of(choose(equal(best, floats(likely.logit)), tokens, ints(INT32_MAX)));
+  likely.largest = std::max(max_of(most), -FLT_MAX);  // from -inf nothing can be subtracted
+  const Floats top = floats(likely.largest), log2e = floats(kLog2e);
+  Floats sum = floats(0);
   for (int i = first; i < end; i += kLanes) {
-    const __mmask16 valid = some(end - i);
-    const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, logits + i), top);
-    sum = _mm512_mask_add_ps(sum, valid, sum, power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(kLog2e))));
+    const Floats power = power_of_two((load_some(logits + i, end - i) - top) * log2e);
+    sum = choose(first_lanes(end - i), sum + power, sum);
   }
-  likely.sum = _mm512_reduce_add_ps(sum);
+  likely.sum = sum_of(sum);
   return likely;
 }
 

@@ -8,15 +8,16 @@
 
 #include <omp.h>
 
+#include "bytes.h"
 #include "stream.h"
 #include "vectors.h"
 
 namespace kernels {
 
-constexpr int kVectors = 2;                  // vectors in a panel
-constexpr int kPanel = kLanes * kVectors;    // outputs in a panel
-constexpr int kDots = 4;                     // sums of down @ x that share a loaded x; a multiple of every unit
-constexpr int kMasked = 4;                   // positions whose down @ x are computed together
+constexpr int kVectors = 2;                // vectors in a panel
+constexpr int kPanel = kLanes * kVectors;  // outputs in a panel
+constexpr int kDots = 4;                   // sums of down @ x that share a loaded x; a multiple of every unit
+constexpr int kMasked = kSums < 4 * kDots ? 1 : 4;  // positions whose down @ x are computed together
 
 struct Linear {  // mirrors the ctypes structure in cpu_ops.py
   int32_t inputs, outputs, rank;  // rank: 0, or a multiple of kDots
@@ -24,7 +25,7 @@ struct Linear {  // mirrors the ctypes structure in cpu_ops.py
   const float* scales;  // [O], or null for 1
   const float* bias;    // [O], or null
   const void* up;       // panels as of the weights, with their scales; or null
-  const __m512i* down;  // [R][I / 2 kLanes] pairs of bfloat16: kLanes inputs, each with the one kLanes on; or null
+  const Ints* down;     // [R][I / 2 kLanes] pairs of bfloat16: kLanes inputs, each with the one kLanes on; or null
 };
 
 template <class Kind>
@@ -54,57 +55,58 @@ struct Operand {
   }
 };
 
-#ifdef __AVX512VNNI__
+// Positions that share a loaded weight: `most`, or what leaves a sum for each of them in a register.
+constexpr int sharing(int most) { return std::min(most, kSums); }
+
+// Vectors of a panel whose sums, for some positions, are in registers together.
+constexpr int vectors_beside(int rows) { return rows * kVectors > kSums ? 1 : kVectors; }
+
 struct Int8 {
-  typedef __m512i Sum;
-  typedef int32_t Input;  // a unit
-  static constexpr int kPerUnit = 4, kInputsPerUnit = 1;
-  static constexpr int kRows = 14;  // positions that share a loaded weight: 14 x 2 sums fill the registers
+  typedef Ints Sum;
+  typedef int32_t Input;
+  static constexpr int kPerUnit = 4, kInputsPerUnit = kUnitInts;
+  static constexpr int kRows = sharing(14);  // 14 x 2 sums fill the registers
   // Weights are stored plus 128, since the instruction wants one unsigned side; `undo` takes that out again.
-  static Sum start(int32_t undo) { return _mm512_set1_epi32(-undo); }
+  static Sum start(int32_t undo) { return ints(-undo); }
   template <int rows, int vectors>
-  static void step(Sum (&acc)[rows][vectors], const __m512i (&weights)[vectors], const Input* inputs, int64_t stride) {
-    UNROLL for (int r = 0; r < rows; ++r)
-      UNROLL for (int v = 0; v < vectors; ++v)
-        acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], weights[v], _mm512_set1_epi32(inputs[r * stride]));
+  INLINED static void step(Sum (&acc)[rows][vectors], const Ints (&weights)[vectors], const Input* inputs, int64_t stride) {
+    add_products<false>(acc, weights, inputs, stride);
   }
-  static __m512 result(Sum acc) { return _mm512_cvtepi32_ps(acc); }
+  static Floats result(Sum acc) { return to_floats(acc); }
   // Writes the inputs in units, and what `start` has to undo; returns the scale.
   static float convert(const float* values, int count, Input* units, int32_t* undo) {
-    __m512 most = _mm512_set1_ps(1e-30f);
-    for (int i = 0; i < count; i += kLanes) most = _mm512_max_ps(most, _mm512_abs_ps(load_some(values + i, count - i)));
-    const float largest = _mm512_reduce_max_ps(most);
-    const __m512 inverse = _mm512_set1_ps(127.0f / largest);
-    auto* bytes = reinterpret_cast<int8_t*>(units);
-    __m512i sums = _mm512_setzero_si512();
+    Floats most = floats(1e-30f);
+    for (int i = 0; i < count; i += kLanes) most = max(most, magnitude(load_some(values + i, count - i)));
+    const float largest = max_of(most);
+    const Floats inverse = floats(127.0f / largest);
+    Ints sums = ints(0);
     for (int i = 0; i < count; i += kLanes) {
-      const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load_some(values + i, count - i), inverse));
-      sums = _mm512_add_epi32(sums, rounded);
-      _mm_mask_storeu_epi8(bytes + i, some(count - i), _mm512_cvtepi32_epi8(rounded));
+      const Ints steps = rounded(load_some(values + i, count - i) * inverse);
+      sums = add(sums, steps);
+      store_units(units + i / kPerUnit * kUnitInts, steps, count - i);
     }
-    *undo = 128 * _mm512_reduce_add_epi32(sums);
+    *undo = 128 * sum_of(sums);
     return largest / 127.0f;
   }
 };
-#endif
 
 // Inputs stay in float32: the bfloat16 dot product of AVX-512 rounds them, and is slower than two multiply-adds.
 struct BFloat16 {
-  typedef __m512 Sum;
+  typedef Floats Sum;
   typedef float Input;
   static constexpr int kPerUnit = 2, kInputsPerUnit = 2;
-  static constexpr int kRows = 16;  // a few sums in memory cost less than to unpack the weights in two passes
-  static Sum start(int32_t) { return _mm512_setzero_ps(); }
+  static constexpr int kRows = sharing(16);  // a few sums in memory cost less than to unpack the weights in two passes
+  static Sum start(int32_t) { return floats(0); }
   template <int rows, int vectors>
-  static void step(Sum (&acc)[rows][vectors], const __m512i (&weights)[vectors], const Input* inputs, int64_t stride) {
+  INLINED static void step(Sum (&acc)[rows][vectors], const Ints (&weights)[vectors], const Input* inputs, int64_t stride) {
     UNROLL for (int r = 0; r < rows; ++r)
       UNROLL for (int v = 0; v < vectors; ++v)
-        acc[r][v] = _mm512_fmadd_ps(even(weights[v]), _mm512_set1_ps(inputs[r * stride]), acc[r][v]);
+        acc[r][v] = fmadd(even(weights[v]), floats(inputs[r * stride]), acc[r][v]);
     UNROLL for (int r = 0; r < rows; ++r)
       UNROLL for (int v = 0; v < vectors; ++v)
-        acc[r][v] = _mm512_fmadd_ps(odd(weights[v]), _mm512_set1_ps(inputs[r * stride + 1]), acc[r][v]);
+        acc[r][v] = fmadd(odd(weights[v]), floats(inputs[r * stride + 1]), acc[r][v]);
   }
-  static __m512 result(Sum acc) { return acc; }
+  static Floats result(Sum acc) { return acc; }
   static float convert(const float* values, int count, Input* inputs, int32_t* undo) {
     std::memcpy(inputs, values, count * sizeof(float));
     *undo = 0;
@@ -113,35 +115,33 @@ struct BFloat16 {
 };
 
 // Results of the last step of a panel: out [.., O] = or += scaled sums and bias.
-template <class Kind, int rows>
-void finish(const typename Kind::Sum (&sums)[rows][kVectors], const Operand<Kind>& inputs, int first_row,
+template <class Kind, int rows, int vectors>
+void finish(const typename Kind::Sum (&sums)[rows][vectors], const Operand<Kind>& inputs, int first_row,
             const Linear& layer, int first_output, float* out, bool add) {
-  for (int v = 0; v < kVectors; ++v) {
-    const int output = first_output + v * kLanes;
-    const __mmask16 valid = some(layer.outputs - output);
-    if (!valid) break;
-    const __m512 scale = layer.scales ? _mm512_maskz_loadu_ps(valid, layer.scales + output) : _mm512_set1_ps(1.0f);
-    const __m512 bias = layer.bias ? _mm512_maskz_loadu_ps(valid, layer.bias + output) : _mm512_setzero_ps();
+  for (int v = 0; v < vectors; ++v) {
+    const int output = first_output + v * kLanes, left = layer.outputs - output;
+    if (left <= 0) break;
+    const Floats scale = layer.scales ? load_some(layer.scales + output, left) : floats(1.0f);
+    const Floats bias = layer.bias ? load_some(layer.bias + output, left) : floats(0);
     for (int r = 0; r < rows; ++r) {
       float* to = out + int64_t(first_row + r) * layer.outputs + output;
-      const __m512 by = _mm512_mul_ps(scale, _mm512_set1_ps(inputs.scales[first_row + r]));
-      __m512 value = _mm512_fmadd_ps(Kind::result(sums[r][v]), by, bias);
-      if (add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(valid, to));
-      _mm512_mask_storeu_ps(to, valid, value);
+      Floats value = fmadd(Kind::result(sums[r][v]), scale * floats(inputs.scales[first_row + r]), bias);
+      if (add) value = value + load_some(to, left);
+      store_some(to, value, left);
     }
   }
 }
 
 // A panel of weights, and how far behind lies what is to be fetched meanwhile.
 struct Panel {
-  const __m512i* weights;
+  const Ints* weights;
   int units;
   int64_t ahead;
 };
 
 template <class Kind>
 int64_t panel_bytes(int inputs) {
-  return units_of<Kind>(inputs) * int64_t(kVectors * sizeof(__m512i));
+  return units_of<Kind>(inputs) * int64_t(kVectors * sizeof(Ints));
 }
 
 // Number `number` of the panels for some inputs, of which a thread does those before `end`, and then reads `next`.
@@ -150,37 +150,46 @@ Panel panel_of(const void* weights, int inputs, int number, int end, const void*
   const int64_t bytes = panel_bytes<Kind>(inputs);
   const char* first = static_cast<const char*>(weights) + number * bytes;
   const char* after = number + 1 < end ? first + bytes : next ? static_cast<const char*>(next) : first;
-  return {reinterpret_cast<const __m512i*>(first), units_of<Kind>(inputs), after - first};
+  return {reinterpret_cast<const Ints*>(first), units_of<Kind>(inputs), after - first};
 }
 
-// One panel for some positions: one part, or two, where an adapter's is the second. Every `passes` steps from step
-// `pass` on, it fetches what lies ahead: the hardware's prefetchers stop at the end of a page.
+// `vectors` of a panel, for some positions: one part, or two, where an adapter's is the second. Every `passes` steps from
+// step `pass` on, it fetches what lies ahead: the hardware's prefetchers stop at the end of a page.
 // A loop over the parts, and not the inner one twice, since then GCC would keep the sums in memory.
-template <class Kind, int rows>
-void panel(const Operand<Kind>& inputs, int first_row, const Panel* part, int parts, int pass, int passes,
-           const Linear& layer, int first_output, float* out, bool add) {
-  typename Kind::Sum acc[rows][kVectors];
+template <class Kind, int rows, int vectors>
+void part_of_panel(const Operand<Kind>& inputs, int first_row, const Panel* part, int parts, int first_vector, int pass,
+                   int passes, const Linear& layer, int first_output, float* out, bool add) {
+  typename Kind::Sum acc[rows][vectors];
   UNROLL for (int r = 0; r < rows; ++r)
-    UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = Kind::start(inputs.undo[first_row + r]);
+    UNROLL for (int v = 0; v < vectors; ++v) acc[r][v] = Kind::start(inputs.undo[first_row + r]);
   const auto* in = inputs.values + first_row * inputs.stride;
   for (const Panel* end = part + parts; part < end; ++part) {
-    const __m512i* weights = part->weights;
+    const Ints* weights = part->weights + first_vector;
     const int64_t ahead = part->ahead;
     for (int u = part->units; u > 0; --u, weights += kVectors, in += Kind::kInputsPerUnit) {
       if (--pass < 0) {
         pass = passes - 1;
-        UNROLL for (int v = 0; v < kVectors; ++v) fetch(reinterpret_cast<const char*>(weights + v) + ahead);
+        UNROLL for (int v = 0; v < vectors; ++v) fetch(reinterpret_cast<const char*>(weights + v) + ahead);
       }
-      __m512i w[kVectors];
-      UNROLL for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(weights + v);
+      Ints w[vectors];
+      UNROLL for (int v = 0; v < vectors; ++v) w[v] = load_units(weights + v);
       Kind::step(acc, w, in, inputs.stride);
     }
   }
   // What follows indexes the sums, and what is indexed lives in memory: a copy, or the loop above would run there too.
-  typename Kind::Sum sums[rows][kVectors];
+  typename Kind::Sum sums[rows][vectors];
   UNROLL for (int r = 0; r < rows; ++r)
-    UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = acc[r][v];
-  finish<Kind, rows>(sums, inputs, first_row, layer, first_output, out, add);
+    UNROLL for (int v = 0; v < vectors; ++v) sums[r][v] = acc[r][v];
+  finish<Kind, rows, vectors>(sums, inputs, first_row, layer, first_output + first_vector * kLanes, out, add);
+}
+
+// One panel for some positions.
+template <class Kind, int rows>
+void panel(const Operand<Kind>& inputs, int first_row, const Panel* part, int parts, int pass, int passes,
+           const Linear& layer, int first_output, float* out, bool add) {
+  constexpr int vectors = vectors_beside(rows);
+  for (int first = 0; first < kVectors; first += vectors)
+    part_of_panel<Kind, rows, vectors>(inputs, first_row, part, parts, first, pass, passes, layer, first_output, out, add);
 }
 
 inline int panels_of(const Linear& layer) { return (layer.outputs + kPanel - 1) / kPanel; }
@@ -223,7 +232,10 @@ void multiply(const Linear& layer, const Operand<Kind>& inputs, int count, float
     for (int pass = 0; pass < passes; ++pass) {
       const int first = count * pass / passes, rows = count * (pass + 1) / passes - first;
 #define ROWS(n) \
-  case n: panel<Kind, n>(inputs, first, parts, adapted ? 2 : 1, pass, passes, layer, p * kPanel, out, add); break;
+  case n: \
+    if constexpr (n <= Kind::kRows) \
+      panel<Kind, n>(inputs, first, parts, adapted ? 2 : 1, pass, passes, layer, p * kPanel, out, add); \
+    break;
       switch (rows) {
         ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7)
         ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14) ROWS(15) ROWS(16)
@@ -246,58 +258,58 @@ void extend(const Linear& layer, float* inputs, int64_t stride) {
   const int start = extended<Kind>(layer) - layer.rank;
   for (int i = 0; i < rows; ++i) std::fill(inputs + i * stride + layer.inputs, inputs + i * stride + start, 0.0f);
   const int vectors = (layer.inputs + 2 * kLanes - 1) / (2 * kLanes);
-  const __m512i* down = layer.down;
+  const Ints* down = layer.down;
   for (int r = 0; r < layer.rank; r += kDots, down += kDots * vectors) {
-    __m512 sums[rows][kDots];
+    Floats sums[rows][kDots];
     UNROLL for (int i = 0; i < rows; ++i)
-      UNROLL for (int d = 0; d < kDots; ++d) sums[i][d] = _mm512_setzero_ps();
+      UNROLL for (int d = 0; d < kDots; ++d) sums[i][d] = floats(0);
     for (int v = 0; v < vectors; ++v) {
       const int first = 2 * v * kLanes, second = first + kLanes;
-      __m512 x[rows], y[rows];
+      Floats x[rows], y[rows];
       UNROLL for (int i = 0; i < rows; ++i) {
         x[i] = load_some(inputs + i * stride + first, layer.inputs - first);
         y[i] = load_some(inputs + i * stride + second, layer.inputs - second);
       }
       UNROLL for (int d = 0; d < kDots; ++d) {
-        const __m512i pairs = _mm512_load_si512(down + d * vectors + v);
+        const Ints pairs = load_units(down + d * vectors + v);
         UNROLL for (int i = 0; i < rows; ++i)
-          sums[i][d] = _mm512_fmadd_ps(odd(pairs), y[i], _mm512_fmadd_ps(even(pairs), x[i], sums[i][d]));
+          sums[i][d] = fmadd(odd(pairs), y[i], fmadd(even(pairs), x[i], sums[i][d]));
       }
     }
     UNROLL for (int i = 0; i < rows; ++i)
-      UNROLL for (int d = 0; d < kDots; ++d) inputs[i * stride + start + r + d] = _mm512_reduce_add_ps(sums[i][d]);
+      UNROLL for (int d = 0; d < kDots; ++d) inputs[i * stride + start + r + d] = sum_of(sums[i][d]);
   }
 }
 
 template <class Kind>
 void extend(const Linear& layer, float* inputs, int64_t stride, int rows) {
-  switch (rows) {
-    case 1: extend<Kind, 1>(layer, inputs, stride); break;
-    case 2: extend<Kind, 2>(layer, inputs, stride); break;
-    case 3: extend<Kind, 3>(layer, inputs, stride); break;
-    case kMasked: extend<Kind, kMasked>(layer, inputs, stride); break;
-  }
+#define ROWS(n) \
+  case n: \
+    if constexpr (n <= kMasked) extend<Kind, n>(layer, inputs, stride); \
+    break;
+  switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) }
+#undef ROWS
 }
 
 // to = from, times norm over the root mean square of all: RMSNorm.
 inline void normalise(const float* from, int count, const float* norm, float epsilon, float* to) {
-  __m512 squares = _mm512_setzero_ps();
+  Floats squares = floats(0);
   for (int i = 0; i < count; i += kLanes) {
-    const __m512 x = load_some(from + i, count - i);
-    squares = _mm512_fmadd_ps(x, x, squares);
+    const Floats x = load_some(from + i, count - i);
+    squares = fmadd(x, x, squares);
   }
-  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / count + epsilon));
+  const Floats scale = floats(1.0f / std::sqrt(sum_of(squares) / count + epsilon));
   for (int i = 0; i < count; i += kLanes) {
-    const __m512 x = _mm512_mul_ps(load_some(from + i, count - i), scale);
-    _mm512_mask_storeu_ps(to + i, some(count - i), _mm512_mul_ps(x, load_some(norm + i, count - i)));
+    const Floats x = load_some(from + i, count - i) * scale;
+    store_some(to + i, x * load_some(norm + i, count - i), count - i);
   }
 }
 
 // to [I] = silu(gate) * up, from [gate | up].
 inline void gate(const float* from, int count, float* to) {
   for (int i = 0; i < count; i += kLanes) {
-    const __m512 gated = silu(load_some(from + i, count - i));
-    _mm512_mask_storeu_ps(to + i, some(count - i), _mm512_mul_ps(gated, load_some(from + count + i, count - i)));
+    const Floats gated = silu(load_some(from + i, count - i));
+    store_some(to + i, gated * load_some(from + count + i, count - i), count - i);
   }
 }
 
