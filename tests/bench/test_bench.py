@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.bench import BenchOptions, run_bench
+from fast_dllm.bench import BenchOptions, peers, run_bench
 from fast_dllm.bench.breakdown import PARTS
 from fast_dllm.bench.findings import CHECKED_KEYS
 from fast_dllm.bench.llamacpp import LlamaCpp
@@ -301,3 +301,14 @@ def test_llama_cpp_answers_with_our_weights_as_we_do(tmp_path):
     ours = {record["peer"]: record["accuracy"] for record in found["ar_over_llamacpp"]}
     # A wrong permutation of a projection's rows would make nonsense of it.
     assert ratios["llama.cpp, these weights in f16"]["peer_accuracy"] == ours["llama.cpp, these weights in f16"] == 1.0
+
+
+@pytest.mark.parametrize(("has_bfloat16", "narrow"), [(True, "bfloat16"), (False, "float32")])
+def test_transformers_is_not_run_in_what_this_cpu_emulates(monkeypatch, has_bfloat16, narrow):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
+    assert [peers._dtype_of_transformers(dtype) for dtype in ("int8", "bfloat16", "float32")] == [
+        narrow,
+        narrow,
+        "float32",
+    ]

@@ -13,6 +13,7 @@ from fast_dllm.gated_lora import LowRank, gate_adapter
 from fast_dllm.generation import generate_batch
 from fast_dllm.model.backbone import ForwardBatch
 from fast_dllm.model.hf import HFBackbone
+from fast_dllm.model.kernels import load_kernels
 from fast_dllm.model.native import NativeBackbone
 from fast_dllm.model.weights import LayerWeights
 from packed_cache import random_cache
@@ -106,7 +107,8 @@ def test_own_kernels_add_the_product_of_the_rounded_operands(kind, int8_cache, i
     assert_near(ours[:21], theirs[:21], kind, int8_cache=int8_cache)
     if kind == "bfloat16":
         assert_near(ours, theirs, kind, int8_cache=int8_cache)
-    assert (ours - theirs).norm() / theirs.norm() < 0.03
+    # Steps are coarser where two neighbours share a range.
+    assert (ours - theirs).norm() / theirs.norm() < (0.03 if load_kernels().fast_dllm_byte_products() else 0.04)
     assert (Layer.run(layer, hidden, batch, cache, cos, sin) - theirs).norm() / theirs.norm() > 0.2
 
 
@@ -134,7 +136,9 @@ def test_a_position_is_bitwise_what_it_is_alone_and_a_clean_row_what_it_is_witho
 def low_precision(kind, architecture, prepare=lambda model: model, kernels="own"):
     model = tiny_model(architecture, head_dim=16, dtype=torch.float32 if kind == "int8" else torch.bfloat16)
     precision = "int8" if kind == "int8" else "dense"
-    return NativeBackbone(prepare(model), "causal", precision=precision, kernels=kernels)
+    native = NativeBackbone(prepare(model), "causal", precision=precision, kernels=kernels)
+    native.draft_budget = 16  # on some CPUs it is too small for rows in a batch to draft
+    return native
 
 
 @both_kinds

@@ -111,12 +111,18 @@ def _peers(bench: Bench) -> Iterator[dict[str, Answer]]:
     peers: dict[str, Answer] = {}
     with ExitStack() as stack:
         for dtype, lm in bench.models.items():
-            if dtype in _FLOATS:
-                base = _beneath(lm)
-                model = lm.checkpoint.model if base is None else load_checkpoint(base, dtype=dtype).model
-                peers[f"transformers {dtype}"] = partial(_transformers_answer, model.to(lm.backbone.device))
-            else:
+            if dtype not in _FLOATS:
                 bench.findings.skip(f"transformers {dtype}", f"transformers has no {dtype} of its own")
+                continue
+            theirs = _dtype_of_transformers(dtype)
+            if theirs != dtype:
+                bench.findings.skip(f"transformers {dtype}", f"{theirs} takes its place: this CPU emulates {dtype}")
+            if f"transformers {theirs}" in peers:
+                continue
+            base = _beneath(lm)
+            has_it = base is None and theirs == dtype
+            model = lm.checkpoint.model if has_it else load_checkpoint(base or bench.options.model, dtype=theirs).model
+            peers[f"transformers {theirs}"] = partial(_transformers_answer, model.to(lm.backbone.device))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fast-dllm-bench-")))
         for name, path_of in _gguf_files(bench, folder).items():
             try:
@@ -235,9 +241,15 @@ def _peer_score(bench: Bench, rounds: list[Timed[PeerAnswer]]) -> _Score:
 def _ratio_name(setting: Setting, dtype: str, peer: str) -> str | None:
     if peer.startswith("llama.cpp"):
         return "ar_over_llamacpp" if setting.is_ar else "diffusion_over_llamacpp"
-    # Transformers has no int8 of its own: the weights that it would be run with instead are bfloat16.
+    theirs = f"transformers {_dtype_of_transformers(dtype)}"
+    return "ar_over_transformers" if setting.is_ar and peer == theirs else None
+
+
+def _dtype_of_transformers(dtype: str) -> str:
+    """What it runs in where we run in a dtype: it has no int8 of its own, and some CPUs have no bfloat16."""
     theirs = "bfloat16" if dtype == "int8" else dtype
-    return "ar_over_transformers" if setting.is_ar and peer == f"transformers {theirs}" else None
+    emulated = not torch.accelerator.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "float32" if theirs == "bfloat16" and emulated else theirs
 
 
 def _note_peer(bench: Bench, peer: str, score: _Score) -> None:

@@ -138,6 +138,9 @@ DRAFTS_ON_CPU = 16
 """`Backbone.draft_budget` of a CPU: on two cores with AVX-512, the least at which one request still drafts whole
 sub-blocks; what more at once gain is in docs/bench/batches.json."""
 
+DRAFTS_ON_OLDER_CPU = 6
+"""The same in int8 on a CPU without an instruction that sums products of bytes, where each position costs more."""
+
 
 Likeliest = Callable[[Tensor, int | None], tuple[Tensor, Tensor]]
 

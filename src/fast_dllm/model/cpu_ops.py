@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fast_dllm.config import ContextAttention
 from fast_dllm.gated_lora import LowRank
-from fast_dllm.model.backbone import ForwardBatch
+from fast_dllm.model.backbone import DRAFTS_ON_CPU, DRAFTS_ON_OLDER_CPU, ForwardBatch
 from fast_dllm.model.cpu_cache import CpuCache
 from fast_dllm.model.kernels import WeightMemory, load_kernels, why_no_kernels
 from fast_dllm.model.weights import LayerWeights, Shape
@@ -175,6 +175,9 @@ class CpuOps:
         self._int8 = int8
         self._memory = WeightMemory()
         kernels = load_kernels()
+        # Of AVX-512 VNNI or AVX-VNNI; bfloat16 gains nothing from either.
+        sums_bytes = bool(kernels.fast_dllm_byte_products())
+        self.draft_budget = DRAFTS_ON_CPU if sums_bytes or not int8 else DRAFTS_ON_OLDER_CPU
         self._run_layers, self._run_linear = kernels.fast_dllm_layers, kernels.fast_dllm_linear
         self._run_likeliest = kernels.fast_dllm_likeliest
         pointer: Any = ctypes.c_void_p

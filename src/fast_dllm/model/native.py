@@ -84,7 +84,6 @@ class NativeBackbone:
         if own or precision == "int8":
             shape = read_shape(model, torch.float32)
         self.kernels = "own CPU kernels" if own else f"torch ({why_not or 'as asked'})"
-        self.draft_budget = DRAFTS_ON_CPU if model.device.type == "cpu" else None
         self.shape = shape
         self._ops: Any
         if compile:
@@ -94,6 +93,7 @@ class NativeBackbone:
         else:
             self._ops = TorchOps(shape, attention, precision)
         self.likeliest = self._ops.likeliest if own else None
+        self.draft_budget = self._ops.draft_budget if own else DRAFTS_ON_CPU if model.device.type == "cpu" else None
         self._gated_token = gated_token(model)
         self._weights = read_weights(model, shape.dtype, self._ops.make_linear)
         self._rotary = model.model.rotary_emb

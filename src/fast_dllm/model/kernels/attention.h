@@ -131,7 +131,7 @@ void weigh(const float* query_scales, const Keys<Cache>& keys, float* scores, fl
       const Floats weight = power_of_two(fmsub(load(at), scale, top));
       sum = sum + weight;
       const Floats scaled = weight * load(value_scales + k);
-      most = max(most, scaled);
+      most = max(most, Cache::reach_of(scaled));
       store(at, scaled);
     }
     store(partials[r] + width, sum);

@@ -81,11 +81,11 @@ inline void store_some(float* to, Floats values, int count) {
   _mm256_maskstore_ps(to, which.low, values.low);
   _mm256_maskstore_ps(to + 8, which.high, values.high);
 }
-// In their order; packing works on halves of a register.
-inline __m256i to_int16(Ints x) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(x.low, x.high), 0xd8); }
 inline void store_bytes(void* to, Ints values) {
   const __m256i byte = _mm256_set1_epi32(0xff);
-  const __m256i words = to_int16({_mm256_and_si256(values.low, byte), _mm256_and_si256(values.high, byte)});
+  const __m256i low = _mm256_and_si256(values.low, byte), high = _mm256_and_si256(values.high, byte);
+  // Packing works on halves of a register.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
   const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(static_cast<__m128i*>(to), bytes);
 }
@@ -153,9 +153,12 @@ inline Floats from_bfloat16(const uint16_t* from) {
   return even(Ints{_mm256_cvtepu16_epi32(_mm_loadu_si128(eight)), _mm256_cvtepu16_epi32(_mm_loadu_si128(eight + 1))});
 }
 
+inline __m256 swap_neighbours(__m256 x) { return _mm256_permute_ps(x, 0xb1); }
+inline Floats swap_neighbours(Floats x) { return {swap_neighbours(x.low), swap_neighbours(x.high)}; }
+
 template <int distance>
 __m256 butterfly(__m256 x) {
-  const __m256 other = distance == 1   ? _mm256_permute_ps(x, 0xb1)
+  const __m256 other = distance == 1   ? swap_neighbours(x)
                        : distance == 2 ? _mm256_permute_ps(x, 0x4e)
                                        : _mm256_permute2f128_ps(x, x, 1);
   constexpr int upper = distance == 1 ? 0xaa : distance == 2 ? 0xcc : 0xf0;
@@ -167,34 +170,22 @@ Floats butterfly(Floats x) {
   return {butterfly<distance>(x.low), butterfly<distance>(x.high)};
 }
 
-template <bool is_signed>
-__m256i even_bytes(__m256i x) {
-  return is_signed ? _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8) : _mm256_and_si256(x, _mm256_set1_epi32(0x00ff00ff));
-}
-template <bool is_signed>
-__m256i odd_bytes(__m256i x) {
-  return is_signed ? _mm256_srai_epi16(x, 8) : _mm256_srli_epi16(x, 8);
-}
-template <bool is_signed>
-Ints even_bytes(Ints x) {
-  return {even_bytes<is_signed>(x.low), even_bytes<is_signed>(x.high)};
-}
-template <bool is_signed>
-Ints odd_bytes(Ints x) {
-  return {odd_bytes<is_signed>(x.low), odd_bytes<is_signed>(x.high)};
-}
-// Keeps GCC from adding in another order, for which it would need more registers than there are.
-inline void settle(Ints& x) { asm("" : "+x"(x.low), "+x"(x.high)); }
-inline Ints multiply_pairs(Ints a, Ints b) {
-  return {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)};
-}
-
 #ifdef __AVXVNNI__
-#define HAS_BYTE_PRODUCTS
-inline Ints add_byte_products(Ints sum, Ints bytes, Ints signed_bytes) {
-  return {_mm256_dpbusd_avx_epi32(sum.low, bytes.low, signed_bytes.low),
-          _mm256_dpbusd_avx_epi32(sum.high, bytes.high, signed_bytes.high)};
-}
+constexpr bool kByteProducts = true;
+#else
+constexpr bool kByteProducts = false;
 #endif
+inline __m256i add_byte_products(__m256i sum, __m256i bytes, __m256i signed_bytes) {
+#ifdef __AVXVNNI__
+  return _mm256_dpbusd_avx_epi32(sum, bytes, signed_bytes);
+#else
+  const __m256i pairs = _mm256_maddubs_epi16(bytes, signed_bytes);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+}
+inline Ints add_byte_products(Ints sum, Ints bytes, Ints signed_bytes) {
+  return {add_byte_products(sum.low, bytes.low, signed_bytes.low),
+          add_byte_products(sum.high, bytes.high, signed_bytes.high)};
+}
 
 }  // namespace kernels

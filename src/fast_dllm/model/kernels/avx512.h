@@ -62,10 +62,12 @@ inline Floats from_bfloat16(const uint16_t* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+inline Floats swap_neighbours(Floats x) { return _mm512_permute_ps(x, 0xb1); }
+
 // Lanes `distance` apart, the lower to their sum, and the upper to their difference.
 template <int distance>
 Floats butterfly(Floats x) {
-  const Floats other = distance == 1   ? _mm512_permute_ps(x, 0xb1)
+  const Floats other = distance == 1   ? swap_neighbours(x)
                        : distance == 2 ? _mm512_permute_ps(x, 0x4e)
                        : distance == 4 ? _mm512_shuffle_f32x4(x, x, 0xb1)
                                        : _mm512_shuffle_f32x4(x, x, 0x4e);
@@ -73,26 +75,19 @@ Floats butterfly(Floats x) {
   return _mm512_mask_sub_ps(_mm512_add_ps(other, x), upper, other, x);
 }
 
-// Of each lane's four bytes, two as int16.
-template <bool is_signed>
-Ints even_bytes(Ints x) {
-  return is_signed ? _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8) : _mm512_and_si512(x, ints(0x00ff00ff));
-}
-template <bool is_signed>
-Ints odd_bytes(Ints x) {
-  return is_signed ? _mm512_srai_epi16(x, 8) : _mm512_srli_epi16(x, 8);
-}
-inline void settle(Ints& x) { asm("" : "+v"(x)); }
-// The lanes' sums of two products of int16.
-inline Ints multiply_pairs(Ints a, Ints b) { return _mm512_madd_epi16(a, b); }
-inline __m256i to_int16(Ints x) { return _mm512_cvtepi32_epi16(x); }
-
+// Each lane's sum, and four products of an unsigned and a signed byte. Without an instruction for it, no two neighbouring
+// products may come to more than 16 bits.
 #ifdef __AVX512VNNI__
-#define HAS_BYTE_PRODUCTS
-// Each lane's sum, and four products of an unsigned and a signed byte.
-inline Ints add_byte_products(Ints sum, Ints bytes, Ints signed_bytes) {
-  return _mm512_dpbusd_epi32(sum, bytes, signed_bytes);
-}
+constexpr bool kByteProducts = true;
+#else
+constexpr bool kByteProducts = false;
 #endif
+inline Ints add_byte_products(Ints sum, Ints bytes, Ints signed_bytes) {
+#ifdef __AVX512VNNI__
+  return _mm512_dpbusd_epi32(sum, bytes, signed_bytes);
+#else
+  return add(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(bytes, signed_bytes), _mm512_set1_epi16(1)));
+#endif
+}
 
 }  // namespace kernels

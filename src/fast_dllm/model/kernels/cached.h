@@ -48,6 +48,7 @@ struct BFloat16Cache {
   static Floats value_scales(const char*, int) { return floats(1.0f); }
 
   static const Weight* convert(const float* weights, int, int, const float*) { return weights; }
+  static Floats reach_of(Floats weights) { return weights; }
   static float step_of(float) { return 1.0f; }
 
   template <int rows, int vectors>
@@ -97,11 +98,12 @@ struct Int8Cache {
     for (int r = 0; r < rows; ++r) {
       const Floats inverse = floats(1.0f / steps[r]);
       for (int k = 0; k < count; k += kLanes)
-        store_units(units + r * kChunk + k / Kind::kPerUnit * kUnitInts, rounded(load(weights + r * kChunk + k) * inverse));
+        store_units(units + r * kChunk + k / Kind::kPerUnit, rounded(load(weights + r * kChunk + k) * inverse));
     }
     return units;
   }
-  // Of weights of which `largest` is the largest.
+  static Floats reach_of(Floats weights) { return reach(weights); }
+  // Of weights that reach as far as `largest`.
   static float step_of(float largest) { return std::max(largest, 1e-30f) / 255.0f; }
 
   template <int rows, int vectors>

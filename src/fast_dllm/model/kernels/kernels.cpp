@@ -284,6 +284,9 @@ extern "C" {
 
 using namespace kernels;
 
+// Whether this machine sums products of bytes in 32 bits, so that each input has a range of its own: see bytes.h.
+int fast_dllm_byte_products() { return kByteProducts; }
+
 // From now on every call adds its seconds by part to these four; null ends it.
 void fast_dllm_watch(double* seconds) { watched = seconds; }
 

@@ -63,8 +63,8 @@ constexpr int vectors_beside(int rows) { return rows * kVectors > kSums ? 1 : kV
 
 struct Int8 {
   typedef Ints Sum;
-  typedef int32_t Input;
-  static constexpr int kPerUnit = 4, kInputsPerUnit = kUnitInts;
+  typedef int32_t Input;  // a unit
+  static constexpr int kPerUnit = 4, kInputsPerUnit = 1;
   static constexpr int kRows = sharing(14);  // 14 x 2 sums fill the registers
   // Weights are stored plus 128, since the instruction wants one unsigned side; `undo` takes that out again.
   static Sum start(int32_t undo) { return ints(-undo); }
@@ -76,14 +76,14 @@ struct Int8 {
   // Writes the inputs in units, and what `start` has to undo; returns the scale.
   static float convert(const float* values, int count, Input* units, int32_t* undo) {
     Floats most = floats(1e-30f);
-    for (int i = 0; i < count; i += kLanes) most = max(most, magnitude(load_some(values + i, count - i)));
+    for (int i = 0; i < count; i += kLanes) most = max(most, reach(magnitude(load_some(values + i, count - i))));
     const float largest = max_of(most);
     const Floats inverse = floats(127.0f / largest);
     Ints sums = ints(0);
     for (int i = 0; i < count; i += kLanes) {
       const Ints steps = rounded(load_some(values + i, count - i) * inverse);
       sums = add(sums, steps);
-      store_units(units + i / kPerUnit * kUnitInts, steps, count - i);
+      store_units(units + i / kPerUnit, steps, count - i);
     }
     *undo = 128 * sum_of(sums);
     return largest / 127.0f;
