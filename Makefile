@@ -60,7 +60,7 @@ model: chats  ## train the model in the box again: fine-tune it autoregressively
 	$(call adapt,smollm2-7-drafts-follow,$(BOX)/drafts-follow)
 	$(call cut,$(BOX)/drafts-follow,smollm2,1.5e6)
 
-baseline: model  ## spend what teaching it to draft took on fine-tuning instead, and compare (more than an hour)
+baseline: chats  ## spend what teaching it to draft took on fine-tuning instead, and compare (more than an hour)
 	$(call adapt,smollm2-baseline,$(BOX)/baseline)
 	$(BIN)/fast-dllm eval smollm2 --against $(BOX)/baseline --dtype int8 --items 504 --batch-size 8 \
 	    --out $(BOX)/eval.json

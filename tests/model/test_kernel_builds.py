@@ -40,7 +40,12 @@ def test_with_fewer_instructions_they_compute_the_same(flag):
     tests = [str(Path(__file__).with_name(name)) for name in ("test_kernels.py", "test_likeliest.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     run = subprocess.run(
-        command, env={**os.environ, "CXXFLAGS": flag}, capture_output=True, text=True, timeout=600, check=False
+        command,
+        env={**os.environ, "FAST_DLLM_CXXFLAGS": flag},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert run.returncode == 0, run.stdout[-2000:]
 
@@ -49,11 +54,11 @@ def test_flags_of_the_environment_are_added(monkeypatch, tmp_path):
     (tmp_path / "kernels.cpp").write_text("#ifndef GIVEN\n#error missing\n#endif\n", encoding="utf-8")
     monkeypatch.setattr(build, "_SOURCES", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXXFLAGS", "-DOTHER -DGIVEN=1")
+    monkeypatch.setenv("FAST_DLLM_CXXFLAGS", "-DOTHER -DGIVEN=1")
     build.load_kernels.cache_clear()
     try:
         build.load_kernels()
-        monkeypatch.setenv("CXXFLAGS", "")
+        monkeypatch.setenv("FAST_DLLM_CXXFLAGS", "")
         build.load_kernels.cache_clear()
         with pytest.raises(OSError, match="missing"):
             build.load_kernels()

@@ -27,7 +27,8 @@ def load_kernels() -> ctypes.CDLL:
     """The compiled kernels; compiles them if this machine has not yet (a few seconds).
 
     The library goes to `$XDG_CACHE_HOME/fast-dllm` (`~/.cache/fast-dllm`), named after all that went into it. `$CXX`
-    names another compiler, and `$CXXFLAGS` adds to its flags: -mno-avx512f compiles them as for a CPU with AVX2 alone.
+    names another compiler; `$FAST_DLLM_CXXFLAGS` adds to its flags, and not `$CXXFLAGS`, which conda sets for old CPUs:
+    with -mno-avx512f the kernels are those of a CPU with AVX2 alone.
 
     Raises:
         OSError: when there is no compiler, or it fails; the message is one line.
@@ -37,7 +38,7 @@ def load_kernels() -> ctypes.CDLL:
         raise OSError("no C++ compiler found (install g++, or name one in CXX)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [path.read_text(encoding="utf-8") for path in sorted((*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")))]
-    flags = [*_FLAGS.split(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*_FLAGS.split(), *shlex.split(os.environ.get("FAST_DLLM_CXXFLAGS", ""))]
     parts = [*sources, *flags, version, _processor(), torch.__version__]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = _cache_directory() / f"kernels-{digest}.so"
