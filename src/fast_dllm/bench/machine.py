@@ -93,7 +93,7 @@ def _products(size: int, dtype: str) -> list[Callable[[], Tensor]]:
     if dtype == "int8":
         return _int8_products(size)
     # A narrow dtype may also be widened and multiplied in float32, which is faster on some CPUs.
-    return [_product(size, kind) for kind in (getattr(torch, dtype), torch.float32)]
+    return [_product(size, kind) for kind in dict.fromkeys((getattr(torch, dtype), torch.float32))]
 
 
 def _product(size: int, dtype: torch.dtype) -> Callable[[], Tensor]:

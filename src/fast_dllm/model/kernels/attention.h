@@ -176,9 +176,8 @@ inline void fold(float* more, int width, float* partial) {
   }
   const Floats less = power_of_two(floats(-std::abs(above))), one = floats(1.0f);
   const Floats old = above > 0 ? less : one, fresh = above > 0 ? one : less;
-  for (int i = 0; i < width + kLanes; i += kLanes) {
+  for (int i = 0; i < width + kLanes; i += kLanes)
     store(partial + i, fmadd(fresh, load(more + i), old * load(partial + i)));
-  }
   *largest_in(partial, width) = std::max(*largest_in(partial, width), *largest_in(more, width));
 }
 
