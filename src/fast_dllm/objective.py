@@ -152,7 +152,7 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tenso
     """Cross-entropy of each target, without ever holding all logits.
 
     Each chunk's logits are dropped after the forward and recomputed in the backward, so memory does not grow
-    with N times the vocabulary.
+    with N times the vocabulary. The last chunk's are kept: the backward begins with them.
 
     Args:
         hidden: [N, H], hidden states that predict the targets.
@@ -167,6 +167,6 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tenso
     def score(h: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(head(h).float(), t, reduction="none")
 
-    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    *parts, last = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     losses = [checkpoint(score, h, t, use_reentrant=False) if h.requires_grad else score(h, t) for h, t in parts]
-    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+    return torch.cat([*losses, score(*last)])

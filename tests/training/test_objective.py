@@ -180,3 +180,17 @@ def test_chunks_do_not_change_losses_or_gradients():
         results.append((losses, *torch.autograd.grad(losses.sum(), [hidden, head.weight])))
     for small, large in zip(*results, strict=True):
         torch.testing.assert_close(small, large)
+
+
+def test_logits_of_the_last_chunk_are_computed_once():
+    linear, rows = torch.nn.Linear(16, 50), []
+
+    def head(h):
+        rows.append(len(h))
+        return linear(h)
+
+    hidden, targets = torch.randn(37, 16, requires_grad=True), torch.randint(0, 50, (37,))
+    losses = token_losses(hidden, targets, head, chunk=15)
+    assert rows == [15, 15, 7]
+    losses.sum().backward()
+    assert sorted(rows[3:]) == [15, 15]

@@ -11,6 +11,7 @@ from fast_dllm.checkpoint.quiet import quiet
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.gated_lora import gate_adapter, gated_token
 from fast_dllm.training.options import AdaptOptions
+from fast_dllm.training.trained_rows import train_rows_alone
 
 
 def open_adapter(source: str | Path, dtype: torch.dtype, options: AdaptOptions) -> tuple[Checkpoint, Path | None]:
@@ -69,6 +70,7 @@ def wrap_with_lora(model: Any, mask_token_id: int | None, options: AdaptOptions,
         )
         with quiet():
             wrapped = get_peft_model(model, config)
+    train_rows_alone(wrapped)
     for module in wrapped.modules():
         if options.dtype == "bfloat16" and hasattr(module, "lora_A"):
             # Autocast would only cast the activations back from the adapter's float32.
