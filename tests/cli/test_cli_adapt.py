@@ -1,7 +1,10 @@
 import json
+import re
 
 import pytest
 from transformers import Trainer
+
+from fast_dllm.training.callbacks import ProgressLines
 
 FAST = ("--batch-size", 2, "--max-length", 64, "--block-size", 8, "--lora-rank", 2, "--eval-samples", 2)
 
@@ -16,13 +19,26 @@ def test_adapted_model_decodes_in_blocks(run, plain, chats, tmp_path):
     out = tmp_path / "adapted"
     outcome = run("adapt", "--model", plain, "--data", chats, "--out", out, "--steps", 3, *FAST)
     assert outcome.code == 0, outcome.err
-    assert outcome.err == ""
+    assert all(line.startswith("step ") for line in outcome.err.splitlines())  # no warnings
     for said in ("38, 2 held out", "held-out loss", "3 of 3", str(out), f"fast-dllm chat {out}"):
         assert said in outcome.out
     (row,) = run("generate", out, "--prompt", "add 2 and 1", "--max-new-tokens", 16, "--threshold", 0).rows()
     assert row["tokens_per_forward"] > 1
     facts = json.loads(run("info", out, "--json").out)
     assert (facts["block_size"], facts["base"]) == (8, str(plain))
+
+
+@pytest.mark.parametrize(("seconds_between_lines", "told"), [(60.0, [1]), (0.0, [1, 2, 3])])
+def test_a_log_file_gets_lines_instead_of_a_bar(run, plain, chats, tmp_path, monkeypatch, seconds_between_lines, told):
+    monkeypatch.setattr(ProgressLines, "_PAUSE", seconds_between_lines)
+    out = tmp_path / "adapted"
+    outcome = run("adapt", "--model", plain, "--data", chats, "--out", out, "--steps", 3, "--eval-every", 2, *FAST)
+    assert outcome.code == 0, outcome.err
+    step = r"step (\d) of 3: loss \d\.\d{3}, \d+ tokens/s, 0:00:\d\d left"
+    assert [int(found) for found in re.findall(f"^{step}$", outcome.err, re.MULTILINE)] == told
+    measured = re.findall(r"^step (\d): held-out loss .+$", outcome.err, re.MULTILINE)
+    assert measured == ["0", "2", "3"]
+    assert len(outcome.err.splitlines()) == len(told) + 3
 
 
 def test_the_same_command_resumes_an_interrupted_run(run, plain, chats, tmp_path, monkeypatch):

@@ -93,10 +93,11 @@ def _run(plan: Recipe, out: Path, console: "Console") -> None:
     if not console.quiet:
         found = f"{len(data.held_out)} held out, the others are read as they are trained"
         typer.echo(f"samples        {found if options.stream else data.describe(options.max_length)}")
-    bar = console if console.is_terminal and not console.quiet else None
-    # The bar shows the training alone; loading and measuring take their time too.
-    with nullcontext() if bar is None else bar.status("adapting; the held-out loss is measured before and after"):
-        result = train(plan.model, data.samples, options, out, held_out=data.held_out, probe=probe, console=bar)
+    # The progress is that of training alone; loading and measuring take their time too.
+    told = "adapting; the held-out loss is measured before and after"
+    with console.status(told) if console.is_terminal and not console.quiet else nullcontext():
+        shown = None if console.quiet else console
+        result = train(plan.model, data.samples, options, out, held_out=data.held_out, probe=probe, console=shown)
     if console.quiet:
         return
     if options.stream:

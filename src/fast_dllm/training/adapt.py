@@ -17,7 +17,7 @@ from fast_dllm.checkpoint.directory import check_target
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.data.chat import Sample
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.training.callbacks import ProgressBar, RunClock, Watchdog
+from fast_dllm.training.callbacks import ProgressBar, ProgressLines, RunClock, Watchdog
 from fast_dllm.training.evaluation import Evaluation, ProbeItem, probe_from
 from fast_dllm.training.lora import open_adapter, wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
@@ -75,7 +75,7 @@ def adapt(
         out: directory of the adapted checkpoint; the run's saves and `log.jsonl` are in `out`.run.
         held_out: samples whose loss is measured before, on the way and after.
         probe: prompts that are decoded then; None takes those of the first held-out samples.
-        console: where the progress bar goes; None shows none.
+        console: where progress goes, a bar on a terminal and else a line a minute; None shows none.
 
     Raises:
         FastDLLMError: when the source is unusable, there is nothing to train on, `out` holds another run, or the
@@ -94,10 +94,9 @@ def adapt(
     resume = run.last_save()
     arguments.eval_on_start = evaluation is not None and resume is None
     clock = RunClock(run.log, options.max_minutes)
-    bar = None if console is None else ProgressBar(console, "adapt")
-    trainer = _make_trainer(
-        model, arguments, rows, options, checkpoint.config, clock, evaluation, [] if bar is None else [bar]
-    )
+    progress = None if console is None else (ProgressBar if console.is_terminal else ProgressLines)(console)
+    callbacks = [] if progress is None else [progress]
+    trainer = _make_trainer(model, arguments, rows, options, checkpoint.config, clock, evaluation, callbacks)
     if is_sharded(trainer) and options.lora_rank:
         raise FastDLLMError("a LoRA adapter is not sharded: launch it with recipes/ddp.yaml, or give --lora-rank 0")
     _read_up_to(0 if resume is None else step_of(resume) * per_update, rows, console)
@@ -106,8 +105,8 @@ def adapt(
         seconds = round(clock.elapsed(), 1)
         before, after = _held_out_losses(trainer)
     finally:
-        if bar is not None:
-            bar.close()
+        if progress is not None:
+            progress.close()
     result = AdaptResult(out, before, after, steps=trainer.state.global_step, seconds=seconds)
     _save(trainer, checkpoint, options, result)
     return result

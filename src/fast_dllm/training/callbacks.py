@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,10 @@ class Watchdog(TrainerCallback):  # type: ignore[misc]
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
     """A bar with the losses, tokens/s and time left; each measurement on the way leaves a line above it."""
 
-    def __init__(self, console: Console, title: str) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn(title),
+            TextColumn("adapt"),
             BarColumn(),
             TextColumn("{task.fields[steps]}"),
             TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s"),
@@ -164,7 +165,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task(title, start=False, total=None, steps="", loss="-", rate="-")
+        self._task = self._progress.add_task("adapt", start=False, total=None, steps="", loss="-", rate="-")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -182,15 +183,48 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         if "loss" not in logs:
             return
         elapsed, left = float(logs["elapsed_s"]), float(logs.get("time_left_s", 0.0))
-        loss, rate = f"{float(logs['loss']):.3f}", f"{logs.get('tokens_per_s', 0):.0f}"
-        if "loss_ar" in logs and len([name for name in logs if name.startswith("loss_")]) > 1:
-            loss += f" (AR {logs['loss_ar']:.3f})"
-        steps = f"step {state.global_step} of {state.max_steps}"
-        self._progress.update(self._task, completed=elapsed, total=elapsed + left, steps=steps, loss=loss, rate=rate)
+        self._progress.update(self._task, completed=elapsed, total=elapsed + left, **_fields(state, logs))
 
     def close(self) -> None:
         """Take the bar away; a bar left standing hides the cursor."""
         self._progress.stop()
+
+
+class ProgressLines(TrainerCallback):  # type: ignore[misc]
+    """What the bar shows, as lines for a log file: the first step, one step a minute, and each measurement."""
+
+    _PAUSE = 60.0
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._next = 0.0
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Print a line when one is due."""
+        if "eval_loss" in logs:
+            self._print(measurement(state.global_step, logs))
+        if "loss" not in logs or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + self._PAUSE
+        left = timedelta(seconds=round(float(logs.get("time_left_s", 0.0))))
+        self._print("{steps}: loss {loss}, {rate} tokens/s, {left} left".format(**_fields(state, logs), left=left))
+
+    def close(self) -> None:
+        """Lines stay."""
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _fields(state: TrainerState, logs: dict[str, Any]) -> dict[str, Any]:
+    """What is shown of a step's log."""
+    loss = f"{float(logs['loss']):.3f}"
+    if "loss_ar" in logs and len([name for name in logs if name.startswith("loss_")]) > 1:
+        loss += f" (AR {logs['loss_ar']:.3f})"
+    steps = f"step {state.global_step} of {state.max_steps}"
+    return {"steps": steps, "loss": loss, "rate": f"{logs.get('tokens_per_s', 0):.0f}"}
 
 
 def measurement(step: int, logs: dict[str, Any]) -> str:
