@@ -1,5 +1,8 @@
 """Our CPU kernels against plain torch arithmetic, and a position's independence of its neighbours."""
 
+import errno
+import mmap
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -12,7 +15,7 @@ from fast_dllm.generation import generate_batch
 from fast_dllm.model.backbone import ForwardBatch, RowSpan
 from fast_dllm.model.cpu_cache import CpuCache
 from fast_dllm.model.cpu_ops import HEAD_DIMS, CpuOps, kernel_seconds
-from fast_dllm.model.kernels import build, load_kernels, why_no_kernels
+from fast_dllm.model.kernels import build, load_kernels, memory, why_no_kernels
 from fast_dllm.model.linear import Int8Linear
 from fast_dllm.model.native import NativeBackbone
 from fast_dllm.model.weights import LayerWeights, Shape
@@ -397,6 +400,32 @@ def test_without_a_compiler_torch_takes_over(monkeypatch, tmp_path):
     finally:
         build.load_kernels.cache_clear()
         why_no_kernels.cache_clear()
+
+
+@HAS_KERNELS
+def test_without_a_home_directory_torch_takes_over(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(build.Path, "home", homeless)
+    build.load_kernels.cache_clear()
+    why_no_kernels.cache_clear()
+    try:
+        assert "set XDG_CACHE_HOME" in why_no_kernels()
+    finally:
+        build.load_kernels.cache_clear()
+        why_no_kernels.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no Linux")
+def test_weights_lie_in_normal_pages_where_the_kernel_has_no_huge_ones(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(memory.mmap, "mmap", Refusing)
+    assert torch.equal(memory.huge_pages(100), torch.zeros(100, dtype=torch.uint8))
 
 
 @HAS_KERNELS

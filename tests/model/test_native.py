@@ -1,11 +1,13 @@
 """The native backbone gives what transformers' modules give, for every family it knows."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 
 from decoding_cases import backbone, bytes_allocated, cases, confident_model, tokens
-from fast_dllm.api import make_backbone
+from fast_dllm.api import BlockDiffusionLM, make_backbone
 from fast_dllm.checkpoint.checkpoint import Checkpoint
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
 from fast_dllm.errors import FastDLLMError
@@ -121,6 +123,44 @@ def test_auto_takes_transformers_modules_where_it_does_not_and_says_why(override
     assert isinstance(make_backbone(checkpoint), HFBackbone)
     with pytest.raises(FastDLLMError, match=why):
         make_backbone(checkpoint, "native")
+
+
+def test_partly_turned_heads_are_refused():
+    # transformers' own modules of these families cannot run them either.
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    assert "a part of each head" in unknown_to_native(tiny_model("llama", rope_parameters=rope))
+
+
+def test_quantised_weights_go_through_transformers_modules():
+    class Packed(torch.nn.Linear):
+        """What bitsandbytes and BitNet put in a linear layer's place: a subclass, its weight bytes."""
+
+    model = tiny_model("llama")
+    down = model.model.layers[1].mlp.down_proj
+    down.__class__ = Packed
+    assert unknown_to_native(model) == "its weights are quantised (Packed)"
+    down.__class__ = torch.nn.Linear
+    down.weight = torch.nn.Parameter(down.weight.to(torch.uint8), requires_grad=False)
+    assert unknown_to_native(model) == "its weights are quantised (Linear)"
+
+
+def test_code_that_a_checkpoint_brings_is_what_runs(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnLlama"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\n"
+        "class OwnLlama(LlamaForCausalLM):\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        "        for layer in self.model.layers:\n"
+        "            layer.self_attn.scaling = 0.02\n"
+    )
+    assert isinstance(BlockDiffusionLM.from_pretrained(tmp_path).backbone, NativeBackbone)
+    own = BlockDiffusionLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert isinstance(own.backbone, HFBackbone)
+    assert unknown_to_native(own.checkpoint.model) == "it brings code of its own (OwnLlama)"
 
 
 def test_int8_and_transformers_modules_do_not_go_together():

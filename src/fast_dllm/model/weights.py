@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fast_dllm.gated_lora import LowRank, low_rank_of
 from fast_dllm.model.linear import AdaptedLinear, DenseLinear
@@ -90,14 +90,33 @@ def unknown_to_native(model: "PreTrainedModel") -> str | None:
     config = model.config
     if config.model_type not in _KNOWN_TYPES:
         return f"model type {config.model_type!r} is not one of {', '.join(_KNOWN_TYPES)}"
+    if not type(model).__module__.startswith("transformers.models."):
+        return f"it brings code of its own ({type(model).__name__})"
     if config.hidden_act != "silu":
         return f"its MLP uses {config.hidden_act!r}, not 'silu'"
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind not in _KNOWN_ROPE:
         return f"RoPE variant {kind!r} is not one of {', '.join(_KNOWN_ROPE)}"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "its RoPE turns a part of each head only"
+    if (kind := _other_linear(model)) is not None:
+        return f"its weights are quantised ({kind})"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "it is spread over several devices"
+    return None
+
+
+def _other_linear(model: Any) -> str | None:
+    """The class of a layer whose weight is no plain matrix; None where there is none."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        for module in (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            linear = getattr(module, "base_layer", module)
+            # Quantised layers are subclasses.
+            if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
+                return type(linear).__name__
     return None
 
 

@@ -74,7 +74,10 @@ def _compile(compiler: list[str], library: Path) -> None:
 
 def _cache_directory() -> Path:
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "fast-dllm"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "fast-dllm"
+    except RuntimeError as error:
+        raise OSError("no home directory to keep the CPU kernels in (set XDG_CACHE_HOME)") from error
 
 
 def _processor() -> str:

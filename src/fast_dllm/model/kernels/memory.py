@@ -1,6 +1,7 @@
 """Memory for packed weights, in huge pages where the system has them."""
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ def huge_pages(count: int) -> Tensor:
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(count, dtype=torch.uint8)
     memory = mmap.mmap(-1, count + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # libc knows the name, but the kernel was built without
+        memory.madvise(mmap.MADV_HUGEPAGE)
     block = torch.frombuffer(memory, dtype=torch.uint8)
     first = -block.data_ptr() % _PAGE
     return block[first : first + count]
