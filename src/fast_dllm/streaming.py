@@ -32,7 +32,7 @@ class Reply:
 
     Attributes:
         text: cut before the first stop string.
-        ids: its token ids.
+        ids: its token ids, the one that completed a stop string included.
         finish: "stop" or "length".
         statistics: forwards and tokens.
         seconds: wall time from the start of the batch to the end of this answer.
@@ -50,7 +50,11 @@ class Reply:
 
 
 class AnswerText:
-    """The text of one answer on its way, made from its events alone."""
+    """The text of one answer on its way, made from its events alone.
+
+    Attributes:
+        end: position behind the token that completed a stop string; None while none did.
+    """
 
     def __init__(self, prompt_length: int, stop_strings: Sequence[str], text: ChatText | None) -> None:
         """Start an answer.
@@ -64,22 +68,25 @@ class AnswerText:
         self._detokenizer = None if text is None else text.detokenizer()
         self._fed = prompt_length
         self._ahead: dict[int, int] = {}  # revealed, with a mask before them
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has ended the answer."""
-        return self._stops.stopped
+        self.end: int | None = None
 
     def feed(self, event: Event) -> str:
         """Text that can be shown after an event."""
-        if self._detokenizer is None:
+        if self._detokenizer is None or self.end is not None:
             return ""
         self._ahead.update(zip(event.positions, event.tokens, strict=True))
-        new = self._detokenizer.feed([self._ahead.pop(position) for position in range(self._fed, event.settled)])
-        self._fed = event.settled
-        if event.finish is None:
-            return self._stops.feed(new)
-        return self._stops.feed(new + self._detokenizer.flush()) + self._stops.flush()
+        shown = ""
+        while self._fed < event.settled and self.end is None:
+            shown += self._show(self._detokenizer.feed([self._ahead.pop(self._fed)]), end=self._fed + 1)
+            self._fed += 1
+        if event.finish is not None and self.end is None:
+            shown += self._show(self._detokenizer.flush(), end=event.settled) + self._stops.flush()
+        return shown
+
+    def _show(self, new: str, end: int) -> str:
+        shown = self._stops.feed(new)
+        self.end = end if self._stops.stopped else None
+        return shown
 
 
 class TextStream:
@@ -113,9 +120,10 @@ class TextStream:
             request, answer = self._requests[event.request], self._texts[event.request]
             text = answer.feed(event)
             finish = event.finish
-            if answer.stopped and finish is None:
+            if answer.end is not None:
                 self._engine.cancel(request)
-                request.state.finish = finish = "stop"
+                request.state.stop_at(answer.end)
+                finish = request.state.finish
             yield TextEvent(event, text, finish)
 
     def replies(self) -> Iterator[Reply]:

@@ -58,7 +58,8 @@ class Statistics:
         query_tokens_by_kind: positions that they ran over.
         revealed_tokens: tokens revealed, those behind the stop token included.
         withdrawn_tokens: of these, drafts that verification took back.
-        new_tokens: tokens of the answer: no masks, no padding, nothing behind the stop token (which counts).
+        new_tokens: tokens of the answer: no masks, no padding, nothing behind the stop token, or the token that
+            completed a stop string (which count).
         reused_tokens: positions whose K/V a prefill did not have to compute, the cache holding them already. When a
             preempted request comes back they count again, as the positions of its prefill do.
     """

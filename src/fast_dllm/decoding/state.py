@@ -140,6 +140,16 @@ class DecodeState:
         """The new tokens: no masks, nothing behind the stop token or the limit."""
         return self.settled_ids(self.prompt_length, self.settled)
 
+    def stop_at(self, end: int) -> None:
+        """End the answer before a position: what is settled from there on is no part of it.
+
+        Args:
+            end: at most `settled`.
+        """
+        self.finish = "stop"
+        self.settled = end
+        self.statistics.new_tokens = end - self.prompt_length
+
     def _open_block(self) -> None:
         """Mask the rest of the current block, and find its first sub-block with a mask."""
         missing = self.block_end - len(self.ids)
