@@ -56,6 +56,9 @@ def test_published_call_returns_prompt_and_answer(lm):
 def test_published_names_are_the_same_settings(lm):
     ours = {"sub_block_cache": "dual", "stop_token_ids": (7,)}
     theirs = {"use_block_cache": True, "stop_token": 7}
+    assert lm.generate(prompt(9), max_new_tokens=20, stop_token_ids=7) == lm.generate(
+        prompt(9), max_new_tokens=20, stop_token_ids=(7,)
+    )
     assert lm.generate(prompt(9), max_new_tokens=20, **ours) == lm.generate(prompt(9), max_new_tokens=20, **theirs)
 
 
@@ -91,8 +94,16 @@ def test_result_holds_a_step_and_a_confidence_for_each_new_token(lm):
 
 @pytest.mark.parametrize("token", [-1, VOCABULARY, 10**9])
 def test_token_ids_out_of_range_are_refused(lm, token):
-    refusal(lambda: lm.generate([[1, 2], [1, token]]), f"prompt 2: token id {token} is not in the vocabulary")
+    refusal(
+        lambda: lm.generate([[1, 2], [1, token]], max_new_tokens=9),
+        f"prompt 2: token id {token} is not in the vocabulary",
+    )
     refusal(lambda: lm.stream([1, token]), "ids run from 0 to 63")
+    refusal(
+        lambda: list(lm.answers([[1, 2], [1, token]], DecodingConfig(max_new_tokens=9))), f"prompt 2: token id {token}"
+    )
+    if token > 0:
+        refusal(lambda: lm.generate([1, 2], mask_id=token), f"mask token id {token} is not in the vocabulary")
 
 
 def test_malformed_calls_are_refused_in_one_line(lm):
@@ -105,6 +116,14 @@ def test_malformed_calls_are_refused_in_one_line(lm):
     refusal(lambda: lm.generate(prompt(3), stop_strings=("a",)), "stop_strings need text")
     refusal(lambda: lm.chat(MESSAGES, mode="fast"), "mode='fast'")
     refusal(lambda: lm.chat([{"role": "user"}]), "content")
+    refusal(lambda: list(lm.answers([MESSAGES, [{"role": "user"}]])), "prompt 2: message 1 has no")
+    refusal(lambda: list(lm.answers([[1], []])), "prompt 2: messages is empty")
+    refusal(lambda: list(lm.answers([[1], [2]], [DecodingConfig()])), "2 prompts, but settings for 1")
+    refusal(lambda: lm.generate([1, 2], max_batch=0), "max_batch=0")
+    refusal(lambda: lm.stream(torch.tensor([[5, 6]])), "one row of ids")
+    refusal(lambda: DecodingConfig(stop_token_ids=5), "must be a tuple of token ids")
+    refusal(lambda: DecodingConfig(temperature=1e-40), "temperature=1e-40: must be 0")
+    refusal(lambda: DecodingConfig(top_p=1e-46), "top_p=1e-46: must be at least")
 
 
 def test_stream_of_text_put_together_is_the_reply(lm):
@@ -136,6 +155,23 @@ def test_stop_string_cuts_the_answer_and_ends_the_request(lm):
     assert reply.text == whole.text[: whole.text.index(stop)]
     assert reply.finish == "stop"
     assert reply.statistics.forwards < whole.statistics.forwards
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion"])
+def test_what_is_decoded_behind_a_stop_string_does_not_count(lm, mode):
+    settings = {"mode": mode, "threshold": 0.02, "stop_token_ids": ()}
+    whole = lm.chat(MESSAGES, max_new_tokens=60, **settings)
+    stop = whole.text[20:22]
+    end = whole.text.index(stop) + len(stop)
+    tokens = len(lm.chat(MESSAGES, max_new_tokens=60, stop_strings=(stop,), **settings).ids)
+    assert tokens < 40
+    for limit in range(tokens, tokens + 12):  # an answer may reach its limit in the event that completes the string
+        reply = lm.chat(MESSAGES, max_new_tokens=limit, stop_strings=(stop,), **settings)
+        assert (reply.finish, reply.text + stop) == ("stop", whole.text[:end])
+        assert lm.tokenizer.decode(reply.ids, skip_special_tokens=True) == whole.text[:end]
+        assert (
+            reply.statistics.new_tokens == tokens == len(reply.ids) == len(reply.reveal_steps) == len(reply.confidences)
+        )
 
 
 def test_answers_of_many_prompts_are_the_answers_of_each(lm):

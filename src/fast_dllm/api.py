@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from fast_dllm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fast_dllm.config import BlockDiffusionConfig, CacheDtype, DecodingConfig
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.generation import GenerateResult, decoding_from_call, for_each, generate_batch, make_engine
+from fast_dllm.generation import GenerateResult, decoding_from_call, for_each, generate_batch, make_engine, naming
 from fast_dllm.masks import dense_mask, sequence_tokens
 from fast_dllm.model.backbone import Backbone
 from fast_dllm.model.forward import head_logits, hidden_states
@@ -37,7 +37,7 @@ __all__ = [
 Mode = Literal["diffusion", "ar"]
 BackboneName = Literal["auto", "native", "hf"]
 Messages = Sequence[Mapping[str, str]]
-Prompt = Sequence[int] | Messages
+Prompt = Sequence[int] | Tensor | Messages
 
 
 class BlockDiffusionLM:
@@ -173,7 +173,6 @@ class BlockDiffusionLM:
             raise FastDLLMError("stop_strings need text: use chat or stream, or pass stop_token ids to generate")
         config = self.config if mask_id is None else replace(self.config, mask_token_id=mask_id)
         prompts = _prompt_rows(input_ids)
-        self._check_ids(prompts)
         stops = self.checkpoint.stop_token_ids
         result = generate_batch(self.backbone, config, prompts, decoding, stops, max_batch=max_batch)
         if return_dict:
@@ -247,7 +246,10 @@ class BlockDiffusionLM:
     def _open(
         self, prompts: Sequence[Prompt], decoding: DecodingConfig | Sequence[DecodingConfig], *, max_batch: int
     ) -> TextStream:
-        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        ids = []
+        for number, prompt in enumerate(prompts, start=1):
+            with naming(number, len(prompts)):
+                ids.append(self._prompt_ids(prompt))
         settings = for_each(ids, decoding)
         if self._text is None and any(one.stop_strings for one in settings):
             raise FastDLLMError("stop_strings need a tokenizer, and this checkpoint has none")
@@ -257,22 +259,15 @@ class BlockDiffusionLM:
         return TextStream(engine, submitted, self._text)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, Tensor):
+            if prompt.dim() != 1:
+                raise FastDLLMError(f"a prompt is one row of ids, and this tensor has shape {tuple(prompt.shape)}")
+            prompt = prompt.tolist()
         if prompt and all(isinstance(token, int) for token in prompt):
-            ids = [token for token in prompt if isinstance(token, int)]
-            self._check_ids([ids])
-            return ids
+            return [token for token in prompt if isinstance(token, int)]
         if self._text is None:
             raise FastDLLMError("this checkpoint has no tokenizer: pass token ids instead of messages")
         return self._text.prompt_ids(prompt)
-
-    def _check_ids(self, prompts: Sequence[Sequence[int]]) -> None:
-        rows = self.checkpoint.model.get_input_embeddings().num_embeddings
-        for number, prompt in enumerate(prompts, start=1):
-            for token in prompt:
-                if not (isinstance(token, int) and 0 <= token < rows):
-                    raise FastDLLMError(
-                        f"prompt {number}: token id {token!r} is not in the vocabulary; ids run from 0 to {rows - 1}"
-                    )
 
 
 def why_not_native(checkpoint: Checkpoint) -> str | None:

@@ -16,6 +16,8 @@ ConfidenceMeasure = Literal["probability", "margin", "entropy"]
 SubBlockCache = Literal["none", "dual", "prefix"]
 CacheRefresh = Literal["published", "sub-block", "block"]
 CacheDtype = Literal["bfloat16", "int8"]
+
+_LEAST = 1e-4
 """Of K/V in our own CPU kernels."""
 
 
@@ -103,8 +105,8 @@ class DecodingConfig(_FromMapping):
     Attributes:
         max_new_tokens: exact limit of new tokens, the stop token included.
         block_size: tokens per block; None takes the checkpoint's, 1 is autoregressive decoding.
-        small_block_size: S, tokens per sub-block; must divide the block. None takes min(8, block).
-            For full-attention models it is the window W of Algorithm 1 (arXiv 2505.22618).
+        small_block_size: S, tokens per sub-block; must divide the block. None takes 8, or the whole block where 8 does
+            not divide it. For full-attention models it is the window W of Algorithm 1 (arXiv 2505.22618).
         policy: which masked tokens a step reveals; the most confident one always is.
             "threshold": confidence > `threshold`; "factor": the largest n with
             (n+1)(1 - c(n)) < `factor`; "fixed": `tokens_per_step`; "sequential": one.
@@ -171,9 +173,21 @@ class DecodingConfig(_FromMapping):
         _require_choice("confidence", self.confidence, ConfidenceMeasure)
         _require_number("temperature", self.temperature, 0.0, 100.0)
         _require_number("top_p", self.top_p, 0.0, 1.0)
-        _require(self.top_p > 0, "top_p=0: must be above 0 (use temperature=0 for greedy decoding)")
+        # float32 has no smaller ones to divide by, or to add up to.
+        _require(
+            self.temperature == 0 or self.temperature >= _LEAST,
+            f"temperature={self.temperature!r}: must be 0 (greedy) or at least {_LEAST:g}",
+        )
+        _require(
+            self.top_p >= _LEAST,
+            f"top_p={self.top_p!r}: must be at least {_LEAST:g} (use temperature=0 for greedy decoding)",
+        )
         _require_int("top_k", self.top_k, 0)
         _require_int("seed", self.seed, 0)
+        _require(
+            self.stop_token_ids is None or isinstance(self.stop_token_ids, (tuple, list)),
+            f"stop_token_ids={self.stop_token_ids!r}: must be a tuple of token ids",
+        )
         for token in self.stop_token_ids or ():
             _require_int("stop_token_ids", token, 0)
         strings = isinstance(self.stop_strings, tuple) and all(isinstance(s, str) and s for s in self.stop_strings)

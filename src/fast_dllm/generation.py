@@ -60,7 +60,9 @@ def decoding_from_call(
     if use_block_cache is not None:
         settings.setdefault("sub_block_cache", "dual" if use_block_cache else "none")
     if stop_token is not None:
-        settings["stop_token_ids"] = (stop_token,) if isinstance(stop_token, int) else tuple(stop_token)
+        settings["stop_token_ids"] = stop_token
+    if (stops := settings.get("stop_token_ids")) is not None:
+        settings["stop_token_ids"] = (stops,) if isinstance(stops, int) else tuple(stops)
     return DecodingConfig.from_dict(settings, source="generate")
 
 
@@ -72,8 +74,15 @@ def for_each(
     Args:
         prompts: any number of them.
         decoding: of each; or one of all, of which prompt i draws from seed + i: equal prompts would get equal samples.
+
+    Raises:
+        FastDLLMError: when there are not as many settings as prompts.
     """
     if not isinstance(decoding, DecodingConfig):
+        if len(decoding) != len(prompts):
+            raise FastDLLMError(
+                f"{len(prompts)} prompts, but settings for {len(decoding)}; give one of all, or as many"
+            )
         return decoding
     return [replace(decoding, seed=decoding.seed + i) for i in range(len(prompts))]
 
@@ -104,9 +113,11 @@ def make_engine(
     """
     if not requests:
         raise FastDLLMError("no prompts given; pass at least one")
+    if max_batch < 1:
+        raise FastDLLMError(f"max_batch={max_batch}: must be 1 or more")
     states = []
     for number, (prompt, decoding) in enumerate(requests, start=1):
-        with _naming(number, len(requests)):
+        with naming(number, len(requests)):
             states.append(open_state(backbone, config, prompt, decoding, stop_token_ids))
     engine = Engine(
         backbone,
@@ -122,7 +133,7 @@ def make_engine(
 
 
 @contextmanager
-def _naming(number: int, count: int) -> Iterator[None]:
+def naming(number: int, count: int) -> Iterator[None]:
     """Let errors say which of several prompts they are about."""
     try:
         yield

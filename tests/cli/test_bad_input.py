@@ -225,7 +225,7 @@ OPTIONS = {
     ),
     "small block above the block": (lambda b: b.generate(None, "--small-block-size", 16), "choose a divisor of 8"),
     "negative temperature": (lambda b: b.generate(None, "--temperature", -0.5), "temperature=-0.5"),
-    "no top-p": (lambda b: b.generate(None, "--top-p", 0), "top_p=0: must be above 0"),
+    "no top-p": (lambda b: b.generate(None, "--top-p", 0), "top_p=0.0: must be at least 0.0001"),
     "top-p above one": (lambda b: b.generate(None, "--top-p", 1.1), "top_p=1.1"),
     "negative top-k": (lambda b: b.generate(None, "--top-k", -1), "top_k=-1"),
     "negative seed": (lambda b: b.generate(None, "--seed", -1), "seed=-1"),

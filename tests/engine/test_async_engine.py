@@ -138,6 +138,10 @@ def test_refused_request_harms_nobody():
                 await events_of(streams, [], ENDLESS)
             with pytest.raises(FastDLLMError, match="a cache slot has 4096"):
                 await events_of(streams, [1] * 200, ENDLESS)
+            with pytest.raises(FastDLLMError, match="token id 16 is not in the vocabulary"):
+                await events_of(streams, [1, 16], ENDLESS)
+            with pytest.raises(FastDLLMError, match="stop_strings need text"):
+                await events_of(streams, [1], DecodingConfig(stop_strings=("x",)))
             assert (await other)[-1].finish is not None
 
     run(main())
@@ -155,6 +159,25 @@ def test_error_in_a_tick_reaches_every_consumer_and_all_later_ones():
             with pytest.raises(MemoryError, match="out of memory"):
                 await events_of(streams, [1], ENDLESS)
             assert engine._cache.free_slots == 2
+
+    run(main())
+
+
+def test_error_before_a_request_has_its_slot_reaches_every_consumer():
+    async def main():
+        engine = engine_with(2)
+
+        def refuse(*_):
+            raise MemoryError("no slot")
+
+        async with AsyncEngine(engine) as streams:
+            running = asyncio.create_task(events_of(streams, [1], ENDLESS))
+            await asyncio.sleep(0.02)
+            engine._cache.allocate = refuse
+            late = asyncio.create_task(events_of(streams, [2], ENDLESS))
+            for result in await asyncio.gather(running, late, return_exceptions=True):
+                assert isinstance(result, MemoryError)
+            assert engine.idle
 
     run(main())
 

@@ -129,6 +129,12 @@ def test_a_tick_is_one_forward():
     assert ticks == len(model.batches)
 
 
+@pytest.mark.parametrize("name", ["slots", "max_length", "prefill_chunk", "draft_budget"])
+def test_sizes_with_which_nothing_would_run_are_refused(name):
+    with pytest.raises(FastDLLMError, match=f"{name}=0: must be 1 or more"):
+        Engine(ScriptedBackbone(lambda *_: (1, 0.9)), CONFIG, **{"slots": 1, "max_length": 16, name: 0})
+
+
 def test_request_longer_than_a_slot_is_refused():
     engine, _ = engine_with(1, max_length=16)
     engine.submit([1] * 6, DecodingConfig(max_new_tokens=10))

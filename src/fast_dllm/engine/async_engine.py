@@ -111,10 +111,12 @@ class AsyncEngine:
                 self._tick()
         except BaseException as raised:
             error = raised
-        for stream in [*self._streams.values()]:
-            self._leave(stream)
-        if error is not None:
-            self._post(partial(self._end, error))
+        try:
+            for stream in [*self._streams.values()]:
+                self._leave(stream)
+        finally:  # nobody is to wait for an engine that cannot even let go
+            if error is not None:
+                self._post(partial(self._end, error))
 
     def _obey(self) -> bool:
         """Run the commands that have come, waiting for some while there is nothing to decode; whether to go on."""

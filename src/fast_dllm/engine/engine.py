@@ -21,7 +21,7 @@ def open_state(
     decoding: DecodingConfig,
     stop_token_ids: Sequence[int],
 ) -> DecodeState:
-    """The state of a new request, checked against the model's length before anything is allocated for it.
+    """The state of a new request, checked against the model before anything is allocated for it.
 
     Args:
         backbone: the model.
@@ -33,6 +33,12 @@ def open_state(
     Raises:
         FastDLLMError: for a request that the model cannot run.
     """
+    last, mask = backbone.vocabulary - 1, config.mask_token_id
+    for token in prompt:
+        if not (isinstance(token, int) and 0 <= token <= last):
+            raise FastDLLMError(f"token id {token!r} is not in the vocabulary; ids run from 0 to {last}")
+    if mask is not None and mask > last:
+        raise FastDLLMError(f"mask token id {mask} is not in the vocabulary; ids run from 0 to {last}")
     state = DecodeState(prompt, config, decoding, stop_token_ids)
     longest = backbone.max_length
     if longest is not None and state.limit > longest:
@@ -80,7 +86,14 @@ class Engine:
             draft_budget: masks that a tick looks at, shared by the rows that verify their drafts: the more rows, the
                 less each drafts, down to AR decoding. Of its share a row drafts what has lately proved promising
                 (`Request.promising`). Answers depend on neither. None: the backbone's.
+
+        Raises:
+            FastDLLMError: for a size below 1.
         """
+        sizes = {"slots": slots, "max_length": max_length, "prefill_chunk": prefill_chunk, "draft_budget": draft_budget}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise FastDLLMError(f"{name}={size}: must be 1 or more, or None where there is to be no limit")
         self._config = config
         self._backbone = backbone
         self._cache: KVCache = backbone.new_cache(slots, max_length)
@@ -104,8 +117,10 @@ class Engine:
             The request; its `state` holds the answer when it has ended.
 
         Raises:
-            FastDLLMError: when it cannot fit.
+            FastDLLMError: when it cannot run, or has stop strings: the engine knows ids alone.
         """
+        if decoding.stop_strings:
+            raise FastDLLMError("stop_strings need text: use BlockDiffusionLM.stream, or stop_token_ids")
         return self.enqueue(open_state(self._backbone, self._config, prompt, decoding, self._stop_token_ids), decoding)
 
     def enqueue(self, state: DecodeState, decoding: DecodingConfig) -> Request:

@@ -105,7 +105,7 @@ class Scheduler:
 
     def retire(self, request: Request) -> None:
         """Forget a request that has ended."""
-        if request.slot is None:
+        if request in self.waiting:
             self.waiting.remove(request)
         else:
             self.running.remove(request)

@@ -151,6 +151,9 @@ class Backbone(Protocol):
     max_length: int | None
     """Longest sequence the model can take, in tokens; None if it names none."""
 
+    vocabulary: int
+    """Rows of the embedding: ids below it can be run."""
+
     draft_budget: int | None
     """Masks that a forward may look at, over all rows that verify their drafts, before it pays to draft less; None for
     no limit. A few masks cost next to nothing while a forward takes as long as reading the weights; beyond that each

@@ -73,6 +73,7 @@ class HFBackbone:
         self.model = model
         self.attention: ContextAttention = attention
         self.max_length = max_length
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.draft_budget = DRAFTS_ON_CPU if model.device.type == "cpu" else None
         self.likeliest: Likeliest | None = None
         self._layers = self._probe_layers()
