@@ -248,7 +248,7 @@ class DecodingConfig(_FromMapping):
         if model.context_attention == "full":
             _require(
                 self.block_size is None,
-                "block_size: a full-attention model has one block, the canvas; leave it out",
+                "block_size: a full-attention model has one block, the canvas, and no AR mode; leave it out",
             )
             window = min(32, self.max_new_tokens) if self.small_block_size is None else self.small_block_size
             return canvas, window

@@ -11,6 +11,7 @@ from fast_dllm.errors import FastDLLMError
 from fast_dllm.evaluation.benchmark import evaluate
 from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, seen_in_training, unseen_questions
 from fast_dllm.evaluation.procedural import ProceduralBenchmark
+from fast_dllm.evaluation.run import run_eval
 from fast_dllm.evaluation.ways import AUTOREGRESSIVE, ways_to_decode
 from tiny import save_tiny
 
@@ -39,6 +40,14 @@ def test_verified_answers_are_those_of_ar_and_other_models_have_none(causal, tmp
         assert list(ways_to_decode(one, [0.5], verify=False)) == [AUTOREGRESSIVE, "diffusion 0.5"]
     with pytest.raises(FastDLLMError, match="has an autoregressive answer"):
         ways_to_decode(block, [0.5], verify=True)
+
+
+def test_a_full_attention_model_is_compared_with_another_model_s_answers(causal, tmp_path):
+    full = save_tiny(tmp_path / "full", adapted=True, context_attention="full")
+    ask = {"tasks": ["chain_sum"], "count": 3, "max_new_tokens": 6}
+    with pytest.raises(FastDLLMError, match="name a baseline"):
+        run_eval(full, **ask)
+    assert list(run_eval(full, baseline=causal, **ask)["ways"]) == [f"AR of {causal}", "diffusion 0.9"]
 
 
 def test_questions_that_the_box_was_trained_on_are_left_out():

@@ -1,10 +1,14 @@
 """Intervals of shares."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fast_dllm.evaluation.intervals import paired_difference, share
+from fast_dllm.decoding.events import Statistics
+from fast_dllm.evaluation.intervals import Interval, paired_difference, share
+from fast_dllm.evaluation.outcome import Outcome
 
 
 def test_wilson_interval_of_a_known_case():
@@ -27,8 +31,17 @@ def test_difference_of_pairs_is_the_difference_of_shares_and_changes_sign_with_i
     assert (forth.value, forth.low, forth.high) == pytest.approx((-back.value, -back.high, -back.low))
 
 
-def test_equal_answers_differ_by_exactly_nothing():
-    assert paired_difference([True, False, True], [True, False, True]).high == 0
+def test_a_few_equal_answers_do_not_say_that_all_are():
+    """None of 8 differs: Clopper and Pearson (1934) give a share of up to 0.369."""
+    interval = paired_difference([True] * 8, [True] * 8)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0, -0.369, 0.369), abs=5e-4)
+    assert paired_difference([True] * 500, [True] * 500).high < 0.01
+
+
+def test_an_outcome_is_no_better_than_itself():
+    outcome = Outcome(["a"] * 3, [True, False, True], [Statistics()] * 3)
+    assert outcome.over(outcome) == Interval(0, 0, 0)
+    assert outcome.over(replace(outcome)).high > 0
 
 
 def test_one_pair_says_nothing_of_the_others():

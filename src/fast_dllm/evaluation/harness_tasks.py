@@ -3,7 +3,7 @@
 import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -71,6 +71,7 @@ class HarnessBenchmark:
         model = HarnessModel(lm, decoding, max_new_tokens=self._max_new_tokens, max_batch=max_batch, advance=advance)
         # The examples are drawn while requests are built: every way is to be asked with the same.
         self._task.set_fewshot_seed(_FEW_SHOT_SEED)
+        _repeat_language_detection()
         with _hushed():
             results = evaluate(
                 model,
@@ -254,6 +255,14 @@ def _metrics(results: Mapping[str, Any], *, first: str) -> dict[str, float]:
     """The scores among what lm-eval reports of a task, the one that says what is right first."""
     scores = {name: value for name, value in results.items() if "," in name and "_stderr," not in name}
     return {first: scores[first], **scores}
+
+
+def _repeat_language_detection() -> None:
+    """Let ifeval's detector of languages say the same of the same answer: it samples, from a seed of the system's."""
+    with suppress(ImportError):  # not every task needs it
+        from langdetect import DetectorFactory
+
+        DetectorFactory.seed = 0
 
 
 @contextmanager

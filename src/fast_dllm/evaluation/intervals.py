@@ -39,6 +39,9 @@ def share(right: int, asked: int) -> Interval:
 def paired_difference(right: Sequence[bool], baseline: Sequence[bool]) -> Interval:
     """Difference of two shares on the same questions, with the interval of the mean of the per-question differences.
 
+    Where no pair differs that interval would have no width, however few there are. Its ends are then the largest share
+    of questions that may differ without any of these showing it, in 1 of 40 samples.
+
     Args:
         right: per question, at least one.
         baseline: of the other contestant, in the same order.
@@ -48,6 +51,9 @@ def paired_difference(right: Sequence[bool], baseline: Sequence[bool]) -> Interv
     mean = sum(differences) / count
     if count == 1:
         return Interval(mean, -1.0, 1.0)  # one pair says nothing of the others
+    if not any(differences):
+        most = 1 - 0.025 ** (1 / count)
+        return Interval(mean, -most, most)
     variance = sum((difference - mean) ** 2 for difference in differences) / (count - 1)
     half = _Z * math.sqrt(variance / count)
     return Interval(mean, mean - half, mean + half)

@@ -42,8 +42,10 @@ class Outcome:
         """Accuracy minus that of a baseline on the same questions.
 
         Args:
-            baseline: of another way, or of another model.
+            baseline: of another way, or of another model; or this very outcome, which is no better than itself.
         """
+        if baseline is self:
+            return Interval(0.0, 0.0, 0.0)
         return paired_difference(self.right, baseline.right)
 
     @classmethod

@@ -44,8 +44,9 @@ def _numbers(outcome: Outcome, baseline: Outcome) -> dict[str, Any]:
 
 def _numbers_of_task(outcome: Outcome, baseline: Outcome, task: str) -> dict[str, Any]:
     part = outcome.of(task)
+    reference = part if baseline is outcome else baseline.of(task)
     metrics = {"metrics": dict(outcome.metrics[task])} if task in outcome.metrics else {}
-    return {"questions": len(part.right), **_numbers(part, baseline.of(task)), **metrics}
+    return {"questions": len(part.right), **_numbers(part, reference), **metrics}
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:

@@ -17,7 +17,7 @@ from fast_dllm.evaluation.harness_tasks import load_benchmarks
 from fast_dllm.evaluation.outcome import Outcome
 from fast_dllm.evaluation.procedural import MAX_NEW_TOKENS, ProceduralBenchmark
 from fast_dllm.evaluation.report import print_report, to_report
-from fast_dllm.evaluation.ways import AUTOREGRESSIVE, ways_to_decode
+from fast_dllm.evaluation.ways import AUTOREGRESSIVE, ONE_BY_ONE, ways_to_decode
 
 PROCEDURAL_QUESTIONS = 200
 
@@ -76,9 +76,13 @@ def run_eval(
     benchmarks = [*_procedural(names, count, max_new_tokens), *others]
     lm = _load(model, dtype, cache_dtype)
     ways = _ways(lm, benchmarks, thresholds, verify)
+    if baseline is None and AUTOREGRESSIVE not in ways:
+        raise FastDLLMError(
+            f"{model}: has no autoregressive answers to compare with; name a baseline (--against MODEL)"
+        )
     contestants = [(lm, ways)]
     if baseline is not None:
-        contestants.insert(0, (_load(baseline, dtype, cache_dtype), {f"AR of {baseline}": ways[AUTOREGRESSIVE]}))
+        contestants.insert(0, (_load(baseline, dtype, cache_dtype), {f"AR of {baseline}": ONE_BY_ONE}))
     outcomes = _ask(contestants, benchmarks, max_batch, console)
     reference = outcomes[AUTOREGRESSIVE if baseline is None else f"AR of {baseline}"]
     report = to_report(
@@ -127,7 +131,7 @@ def _load(model: str | Path, dtype: str | None, cache_dtype: CacheDtype | None) 
     lm = BlockDiffusionLM.from_pretrained(model, dtype=dtype, cache_dtype=cache_dtype)
     if lm.tokenizer is None:
         raise FastDLLMError(f"{model}: this checkpoint has no tokenizer, and questions are text")
-    lm.backbone.draft_budget = None  # tokens per forward are to be those of a request that runs alone
+    lm.backbone.draft_budget = None  # what a row drafts is not to hang on how many are asked at once
     return lm
 
 
@@ -142,4 +146,4 @@ def _ways(
         raise FastDLLMError(
             f"{', '.join(likelihoods)}: compares likelihoods and decodes nothing; evaluate it by itself"
         )
-    return {AUTOREGRESSIVE: ways[AUTOREGRESSIVE]}
+    return {AUTOREGRESSIVE: ONE_BY_ONE}

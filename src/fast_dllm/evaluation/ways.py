@@ -6,12 +6,16 @@ from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.config import DecodingConfig
 
 AUTOREGRESSIVE = "AR"
+ONE_BY_ONE = DecodingConfig(block_size=1, small_block_size=1)
+"""How AR decodes."""
 
 
 def ways_to_decode(
     lm: BlockDiffusionLM, thresholds: Sequence[float], *, verify: bool | None = None
 ) -> dict[str, DecodingConfig]:
     """AR, and block diffusion at each threshold: drafted and verified where the model allows it, and not verified.
+
+    A full-attention model has no AR.
 
     Args:
         lm: the model.
@@ -24,7 +28,7 @@ def ways_to_decode(
     Raises:
         FastDLLMError: for True, where the model cannot verify.
     """
-    ways = {AUTOREGRESSIVE: DecodingConfig(block_size=1, small_block_size=1)}
+    ways = {} if lm.config.context_attention == "full" else {AUTOREGRESSIVE: ONE_BY_ONE}
     if lm.config.block_size == 1:  # not adapted
         return ways
     verifies = DecodingConfig(verify=verify).verifies(lm.config)

@@ -90,7 +90,7 @@ class Evaluation:
         mixed = base.dtype == torch.bfloat16
         with _evaluating(model), torch.autocast(base.device.type, torch.bfloat16, enabled=mixed):
             backbone = HFBackbone(base, config.context_attention)
-            backbone.draft_budget = None  # tokens per forward are to be those of a request that runs alone
+            backbone.draft_budget = None  # what a row drafts is not to hang on how many are asked at once
             result = generate_batch(backbone, config, prompts, decoding, self.stop_token_ids)
         measured = {"tokens_per_forward": round(result.total.tokens_per_forward, 3)}
         verdicts = [
