@@ -82,8 +82,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece], s
 
 
 def supports_pieces(model: PreTrainedModel) -> bool:
-    """Whether the model hands its attention to what is registered, and our arguments with it."""
-    return bool(getattr(model, "_supports_attention_backend", False))
+    """Whether the model runs torch's fused attention, and hands our arguments to what is registered in its place.
+
+    A family that is loaded with another one (Gemma 2 caps its scores, gpt-oss has sinks) needs what pieces leave out.
+    """
+    is_fused = model.config._attn_implementation == "sdpa"
+    return is_fused and bool(getattr(model, "_supports_attention_backend", False))
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float | None) -> Tensor:

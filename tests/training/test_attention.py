@@ -1,0 +1,43 @@
+"""Families whose attention torch's fused one cannot give are trained with their own."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fast_dllm.checkpoint import load_checkpoint
+from fast_dllm.config import BlockDiffusionConfig
+from fast_dllm.objective import lay_out
+from fast_dllm.training.adapt import adapt
+from fast_dllm.training.options import AdaptOptions
+from fast_dllm.training.trainer import with_training_forward, without_training_forward
+from samples import make_samples
+from tiny import save_tiny, tiny_model
+
+CAPPED = {"model_type": "gemma2", "attn_logit_softcapping": 0.5, "final_logit_softcapping": 30.0, "head_dim": 8}
+OPTIONS = AdaptOptions(steps=2, batch_size=4, warmup_steps=0, max_length=64, block_size=8, lora_rank=0, probe_items=1)
+
+
+@pytest.mark.parametrize(("family", "kept"), [({}, "sdpa"), (CAPPED, "eager")])
+def test_the_training_loss_is_that_of_the_models_own_forward(family, kept):
+    model = tiny_model("llama", **family)
+    ids = torch.randint(4, 54, (2, 16), generator=torch.Generator().manual_seed(0))
+    loss_mask = torch.arange(16).expand(2, -1) >= 6
+    with torch.no_grad():
+        own = model(input_ids=ids, labels=ids.masked_fill(~loss_mask, -100)).loss
+    config = BlockDiffusionConfig(mask_token_id=63, block_size=8, context_attention="causal")
+    streams = lay_out(ids, loss_mask, loss_mask.new_zeros(0, 2, 16), config, with_ar=True)
+    arguments = streams._asdict() | {"tokens": torch.stack(streams.tokens)}
+    with torch.no_grad():
+        ours = with_training_forward(model, "causal")(**arguments)
+    assert ours.mean().item() == pytest.approx(own.item(), abs=1e-5)
+    assert without_training_forward(model).config._attn_implementation == kept
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_model_that_caps_its_scores_is_trained_saved_and_loaded(tmp_path, lora_rank):
+    base = save_tiny(tmp_path / "base", adapted=False, **CAPPED)
+    options = replace(OPTIONS, lora_rank=lora_rank)
+    result = adapt(base, make_samples(), options, tmp_path / "out", held_out=make_samples(2))
+    assert result.loss_after < result.loss_before
+    assert load_checkpoint(tmp_path / "out").model.config.attn_logit_softcapping == 0.5
