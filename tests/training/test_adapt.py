@@ -18,7 +18,7 @@ from fast_dllm.training.callbacks import Watchdog
 from fast_dllm.training.evaluation import ProbeItem
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.trainer import BlockDiffusionTrainer
-from samples import make_samples, stream_samples
+from samples import GATED, make_samples, stream_samples
 from tiny import save_tiny
 
 OPTIONS = AdaptOptions(
@@ -109,6 +109,17 @@ def test_one_adapter_goes_through_both_phases(base, tmp_path):
     assert checkpoint.config == BlockDiffusionConfig(mask_token_id=mask, block_size=8, context_attention="causal")
     record = json.loads((tmp_path / "both" / "block_diffusion.json").read_text())
     assert record["base"] == str(base)
+
+
+def test_an_adapter_that_added_a_row_to_the_vocabulary_is_trained_on(tmp_path):
+    base = save_tiny(tmp_path / "base", adapted=False, vocab_size=54)  # as many as the tokenizer has
+    adapt(base, make_samples(), OPTIONS, tmp_path / "first")
+    adapt(tmp_path / "first", make_samples(), OPTIONS, tmp_path / "second")
+    assert load_checkpoint(tmp_path / "second").config.mask_token_id == 54
+    # On top of merged weights the row is there, and trained.
+    adapt(tmp_path / "second", make_samples(), GATED, tmp_path / "gated")
+    assert json.loads((tmp_path / "gated" / "block_diffusion.json").read_text())["mask_token_added"] is False
+    assert load_checkpoint(tmp_path / "gated").config.mask_token_id == 54
 
 
 def test_only_the_mask_row_of_the_embedding_is_trained(base, tmp_path):

@@ -45,6 +45,7 @@ def load_adapter(
     kind = "gated LoRA adapter" if gated else "LoRA adapter"
     checkpoint.origin = f"{kind} {directory.name} over {checkpoint.origin}"
     checkpoint.base = checkpoint.source
+    checkpoint.mask_token_added = False  # merged, its row is a trained one: no adapter on top may begin it anew
     return checkpoint
 
 
@@ -110,6 +111,7 @@ def _restore(checkpoint: Checkpoint, ours: Mapping[str, Any], path: Path) -> Non
             raise FastDLLMError(f"{path}: mask_token_id={mask} is outside the base's vocabulary of {rows}")
         if added:
             initialise_mask_row(checkpoint.model, mask)
+    checkpoint.mask_token_added = added  # an adapter that is trained on records it again
     checkpoint.config = config
     checkpoint.stop_token_ids = tuple(ours.get("stop_token_ids", checkpoint.stop_token_ids))
 
