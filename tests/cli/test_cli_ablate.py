@@ -20,6 +20,10 @@ def test_every_variant_is_trained_and_asked(run, plain, tmp_path):
     assert [run["complementary"] for run in trained] == [False, False, True, True]
     assert [run["context_attention"] for run in trained] == ["block", "block", "block", "causal"]
     assert {run["seed"] for run in trained} == {1}
+    other = ("--task", "leg_counting", *flags[2:])
+    outcome = run("ablate", plain, "--out", tmp_path, *FAST, *other)
+    assert (outcome.code, len(outcome.err.splitlines())) == (2, 2)  # the first variant, and why not
+    assert "other settings (data)" in outcome.err
 
 
 def test_lengths_that_are_no_blocks_are_refused(run):

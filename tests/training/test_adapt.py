@@ -136,6 +136,36 @@ def test_other_settings_in_the_same_place_are_refused(base, tmp_path):
         adapt(base, make_samples(), replace(OPTIONS, seed=3), tmp_path / "out")
 
 
+def answering(sample: Sample, token: int) -> Sample:
+    return replace(sample, input_ids=[*sample.input_ids[:-1], token])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_other_data_in_the_same_place_is_refused(base, tmp_path, stream):
+    ours, theirs = make_samples(), make_samples()
+    changed = 0 if stream else -1
+    theirs[changed] = answering(theirs[changed], 3)
+    options = replace(OPTIONS, stream=stream)
+    adapt(base, (lambda epoch: ours) if stream else ours, options, tmp_path / "out")
+    with pytest.raises(FastDLLMError, match=r"holds a run with other settings \(data\)"):
+        adapt(base, (lambda epoch: theirs) if stream else theirs, options, tmp_path / "out")
+
+
+def test_a_run_of_a_release_that_noted_no_data_goes_on(base, tmp_path):
+    adapt(base, make_samples(), OPTIONS, tmp_path / "out")
+    noted = tmp_path / "out.run" / "options.json"
+    settings = json.loads(noted.read_text())
+    noted.write_text(json.dumps({key: value for key, value in settings.items() if key != "data"}))
+    assert adapt(base, make_samples(), OPTIONS, tmp_path / "out").steps == 6
+    assert json.loads(noted.read_text()) == settings
+
+
+def test_prompts_may_hold_the_date(base, tmp_path):
+    tomorrow = [replace(sample, input_ids=[7, *sample.input_ids[1:]]) for sample in make_samples()]
+    adapt(base, make_samples(), OPTIONS, tmp_path / "out")
+    assert adapt(base, tomorrow, OPTIONS, tmp_path / "out").steps == 6
+
+
 def test_time_limit_ends_and_saves(base, tmp_path):
     options = replace(OPTIONS, steps=10_000, max_minutes=0.02, schedule="constant", save_every=1000)
     result = adapt(base, make_samples(), options, tmp_path / "out")

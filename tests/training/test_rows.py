@@ -13,7 +13,7 @@ from fast_dllm.data.packing import Packed
 from fast_dllm.data.sources import BadRows, Document
 from fast_dllm.data.stream import SampleStream
 from fast_dllm.training.options import AdaptOptions
-from fast_dllm.training.rows import lay_rows, open_run, rows_of
+from fast_dllm.training.rows import digest_of, lay_rows, open_run, rows_of
 from fast_dllm.training.schedule import WINDOW
 from samples import make_samples
 from tiny import tiny_tokenizer
@@ -94,3 +94,17 @@ def test_the_order_of_a_stream_hangs_on_the_global_batch_alone():
     one, other = ([row.input_ids.tolist() for row in islice(run, 100)] for run in runs)
     assert one == other
     assert one[:48] != one[48:96]
+
+
+def test_a_stream_is_not_read_twice_for_its_digest():
+    opened = []
+
+    def epochs(number):
+        opened.append(number)
+        return iter(make_samples(100))
+
+    digest, samples = digest_of(epochs)
+    assert list(samples(0)) == list(samples(1)) == make_samples(100)
+    assert opened == [0, 1]
+    assert list(samples(0)) == make_samples(100)
+    assert digest == digest_of(make_samples(64))[0] != digest_of(make_samples(63))[0]

@@ -23,7 +23,7 @@ from fast_dllm.training.lora import open_adapter, wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.quantised import quantise_linears
 from fast_dllm.training.recompute import recompute_cheap_operations, recompute_layers
-from fast_dllm.training.rows import Epochs, open_run, rows_of
+from fast_dllm.training.rows import Epochs, digest_of, open_run, rows_of
 from fast_dllm.training.run_directory import RunDirectory, step_of
 from fast_dllm.training.schedule import RunDataset, StreamCollator
 from fast_dllm.training.sharding import gather, is_sharded
@@ -86,7 +86,8 @@ def adapt(
     run = RunDirectory(out.with_name(f"{out.name}.run"))
     arguments = _training_arguments(run.path, options)
     check_target(out)
-    run.claim({"source": str(source), "processes": arguments.world_size, **options.to_dict()})
+    data, samples = digest_of(samples)
+    run.claim({"source": str(source), "data": data, "processes": arguments.world_size, **options.to_dict()})
     model, checkpoint = _prepare(source, options)
     per_update = options.batch_size * options.accumulation * arguments.world_size
     rows = RunDataset(open_run(samples, checkpoint.config, options, per_update), options.steps * per_update)

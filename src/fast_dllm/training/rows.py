@@ -1,9 +1,12 @@
 """Samples to the rows that are trained: all at once, or as they come."""
 
+import hashlib
 import random
 import sys
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, compress, islice
 
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.data.chat import Sample
@@ -14,6 +17,34 @@ from fast_dllm.training.schedule import NOTHING_TO_LEARN, WINDOW, in_order, shuf
 
 Epochs = Callable[[int], Iterable[Sample]]
 """The samples of an epoch, counted from 0, in the order they are to be read; every call reads them anew."""
+
+_TOLD_BY = 64
+"""Samples at the beginning of a stream that tell it from another."""
+
+
+def digest_of(samples: Sequence[Sample] | Epochs) -> tuple[str, Sequence[Sample] | Epochs]:
+    """What tells the data of one run from that of another.
+
+    It is a hash of what is learned: of all samples, or of the first ones of a stream. The prompts are not in it, since
+    some chat templates write the day's date there, and a run may go on tomorrow.
+
+    Returns:
+        The digest, and the samples to train on. A stream's first epoch goes on where the digest stopped reading it.
+    """
+    if not callable(samples):
+        return _digest(samples), samples
+    rest = iter(samples(0))
+    first = list(islice(rest, _TOLD_BY))
+    opened = [chain(first, rest)]
+    return _digest(first), lambda epoch: opened.pop() if opened and epoch == 0 else samples(epoch)
+
+
+def _digest(samples: Iterable[Sample]) -> str:
+    found = hashlib.sha256()
+    for sample in samples:
+        learned = array("q", compress(sample.input_ids, sample.loss_mask))
+        found.update(len(learned).to_bytes(8, "little") + learned.tobytes())
+    return found.hexdigest()[:32]
 
 
 def open_run(

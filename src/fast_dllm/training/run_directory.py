@@ -24,12 +24,14 @@ class RunDirectory:
         """Make the directory this run's, and take away saves that a killed process left unfinished.
 
         Args:
-            settings: all that the weights depend on; a run goes on only with those it began with.
+            settings: all that the weights depend on, "data" among them; a run goes on only with those it began with.
 
         Raises:
             FastDLLMError: when it holds a run with other settings, or cannot be written.
         """
         recorded = self._recorded()
+        if recorded is not None:
+            recorded.setdefault("data", settings["data"])  # releases before did not note it
         if recorded is not None and recorded != settings:
             differing = ", ".join(key for key in {**recorded, **settings} if recorded.get(key) != settings.get(key))
             raise FastDLLMError(
