@@ -1,18 +1,24 @@
 """Evaluation asks what was not trained on, and counts what was answered."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from fast_dllm.api import BlockDiffusionLM
+from fast_dllm.checkpoint import TaskItems, load_checkpoint
 from fast_dllm.cli.app import main
-from fast_dllm.data.tasks import held_out_items
+from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, held_out_items, train_and_test
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.evaluation import run
 from fast_dllm.evaluation.benchmark import evaluate
 from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, seen_in_training, unseen_questions
 from fast_dllm.evaluation.procedural import ProceduralBenchmark
 from fast_dllm.evaluation.run import run_eval
 from fast_dllm.evaluation.ways import AUTOREGRESSIVE, ways_to_decode
+from fast_dllm.training.adapt import adapt
+from fast_dllm.training.options import AdaptOptions
+from samples import make_samples
 from tiny import save_tiny
 
 TASKS = "chain_sum,leg_counting"
@@ -56,6 +62,27 @@ def test_questions_that_the_box_was_trained_on_are_left_out():
     assert any(item.question in seen for item in held_out_items(["basic_arithmetic"], 120, seed=0))
     asked = unseen_questions(["basic_arithmetic"], 60)
     assert len({item.question for item in asked} - seen) == 60
+
+
+def test_questions_that_a_model_or_its_base_was_trained_on_are_left_out(tmp_path, monkeypatch):
+    base = save_tiny(tmp_path / "base", adapted=False)
+    options = AdaptOptions(
+        steps=1, batch_size=1, max_length=64, block_size=8, lora_rank=2, eval_samples=0, probe_items=0
+    )
+    first, second = TaskItems(("gcd", "products"), 4000), TaskItems(("gcd",), 50)
+    adapt(base, make_samples(4), options, tmp_path / "one", generated=first)
+    adapt(tmp_path / "one", make_samples(4), options, tmp_path / "two", generated=second)
+    adapt(tmp_path / "one", make_samples(4), replace(options, lora_rank=0), tmp_path / "whole", generated=second)
+    trained, _ = train_and_test(first.tasks, first.items, RESERVED_TEST_ITEMS, seed=0)
+    trained = {item.question for item in trained}
+    assert trained & {item.question for item in unseen_questions(["gcd"], 200)}
+    asked = []
+    monkeypatch.setattr(run, "unseen_questions", lambda *given: asked.append(unseen_questions(*given)) or asked[-1][:1])
+    for name in ("two", "whole"):
+        assert load_checkpoint(tmp_path / name).trained_on == (first, second)
+        run_eval(tmp_path / name, tasks=["gcd"], count=200, max_new_tokens=2, thresholds=[0.9])
+        assert len(asked[-1]) == 200
+        assert not trained & {item.question for item in asked[-1]}
 
 
 def test_command_prints_and_writes_the_same_report(causal, tmp_path, capsys):

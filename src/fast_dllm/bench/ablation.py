@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.checkpoint import load_checkpoint
+from fast_dllm.checkpoint import TaskItems, load_checkpoint
 from fast_dllm.config import DecodingConfig
 from fast_dllm.data.build import gather_conversations, render_conversations
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, held_out_items, is_correct
@@ -107,7 +107,8 @@ def ablate(
                 on_run(variant.name, seed)
             target = out / f"{VARIANTS.index(variant) + 1}-seed-{seed}"
             own = replace(options, **variant.changes, seed=seed)
-            adapt(model, data.samples, own, target, held_out=data.held_out)
+            generated = TaskItems(tuple(tasks), task_items)
+            adapt(model, data.samples, own, target, held_out=data.held_out, generated=generated)
             share, tokens = _ask(BlockDiffusionLM.from_pretrained(target), questions)
             right.append(share)
             parallel.append(tokens)

@@ -1,11 +1,12 @@
 """The held-out questions: as prompts, and their answers scored."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fast_dllm.bench.timing import WARM_UP
+from fast_dllm.checkpoint import TaskItems
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, is_correct
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.evaluation.box import EASY_TASKS, unseen_questions
@@ -52,20 +53,21 @@ class Questions:
         return ids[-length:]
 
 
-def ask_about(tokenizer: Any, count: int, *, seed: int) -> Questions:
+def ask_about(tokenizer: Any, count: int, *, seed: int, trained_on: Iterable[TaskItems] = ()) -> Questions:
     """Choose among the items that no training run has seen, and write them as prompts.
 
     Args:
         tokenizer: of the model; without a chat template the question is asked as plain text.
         count: how many items.
         seed: chooses them; 0 takes the first ones.
+        trained_on: what the model knows.
 
     Raises:
         FastDLLMError: without a tokenizer, or without reasoning-gym.
     """
     if tokenizer is None:
         raise FastDLLMError("this model has no tokenizer; the benchmark asks its questions as text")
-    *test, warm_up = unseen_questions(EASY_TASKS, RESERVED_TEST_ITEMS)
+    *test, warm_up = unseen_questions(EASY_TASKS, RESERVED_TEST_ITEMS, trained_on)
     if seed:
         random.Random(seed).shuffle(test)
     text = ChatText(tokenizer)

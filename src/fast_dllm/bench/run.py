@@ -75,7 +75,8 @@ def _prepare(options: BenchOptions, screen: Console) -> Bench:
         models = _load(options, plan.dtypes, findings)
     with busy(screen, "Measuring the machine"):
         peaks = measure_peaks(models)
-    questions = ask_about(next(iter(models.values())).tokenizer, plan.items, seed=options.seed)
+    lm = next(iter(models.values()))
+    questions = ask_about(lm.tokenizer, plan.items, seed=options.seed, trained_on=lm.checkpoint.trained_on)
     return Bench(options, plan, models, questions, findings, peaks, screen)
 
 

@@ -8,7 +8,14 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 
-from fast_dllm.checkpoint.checkpoint import CONFIG_KEY, Checkpoint, read_config, vocabulary_rows
+from fast_dllm.checkpoint.checkpoint import (
+    CONFIG_KEY,
+    TRAINED_ON_KEY,
+    Checkpoint,
+    read_config,
+    read_trained_on,
+    vocabulary_rows,
+)
 from fast_dllm.checkpoint.directory import BLOCK_DIFFUSION_FILE
 from fast_dllm.checkpoint.dtype import cast_weights
 from fast_dllm.checkpoint.files import check_safetensors, first_line, read_json
@@ -114,6 +121,8 @@ def _restore(checkpoint: Checkpoint, ours: Mapping[str, Any], path: Path) -> Non
     checkpoint.mask_token_added = added  # an adapter that is trained on records it again
     checkpoint.config = config
     checkpoint.stop_token_ids = tuple(ours.get("stop_token_ids", checkpoint.stop_token_ids))
+    own = read_trained_on(ours.get(TRAINED_ON_KEY, []), path)
+    checkpoint.trained_on = tuple(dict.fromkeys((*checkpoint.trained_on, *own)))
 
 
 def is_gated(directory: Path) -> bool:

@@ -1,7 +1,7 @@
 """A loaded checkpoint, and what is read off its tokenizer and configs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,23 @@ from fast_dllm.errors import FastDLLMError
 
 # Where config.json holds the BlockDiffusionConfig.
 CONFIG_KEY = "block_diffusion"
+# Where config.json, or an adapter's record, says which generated questions a model knows.
+TRAINED_ON_KEY = "trained_on"
 # What an AR model is in the family of block diffusion models.
 AUTOREGRESSIVE = BlockDiffusionConfig(mask_token_id=None, block_size=1, context_attention="causal")
+
+
+@dataclass(frozen=True)
+class TaskItems:
+    """Generated questions that a model was trained on (`data.tasks.train_and_test`), so that nobody tests it on them.
+
+    Attributes:
+        tasks: names of the tasks.
+        items: how many, over all tasks.
+    """
+
+    tasks: tuple[str, ...]
+    items: int
 
 
 @dataclass(kw_only=True)
@@ -32,6 +47,7 @@ class Checkpoint:
             is its base.
         base: an adapter's base, by the name it was loaded from; None for a whole model.
         mask_token_added: the mask token was added to this vocabulary after loading.
+        trained_on: generated questions of all its training, its base's included.
 
     """
 
@@ -44,6 +60,7 @@ class Checkpoint:
     fingerprint: str | None = None
     base: str | None = None
     mask_token_added: bool = False
+    trained_on: tuple[TaskItems, ...] = ()
 
     @property
     def max_length(self) -> int | None:
@@ -81,6 +98,24 @@ def read_config(values: Any, path: Path) -> BlockDiffusionConfig:
         return BlockDiffusionConfig.from_dict(values, source=where)
     except FastDLLMError as error:
         raise FastDLLMError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+
+
+def read_trained_on(values: Any, path: Path) -> tuple[TaskItems, ...]:
+    """The generated questions that a file's "trained_on" section names.
+
+    Raises:
+        FastDLLMError: naming the file, for a section that says something else.
+
+    """
+    try:
+        return tuple(TaskItems(tuple(map(str, entry["tasks"])), int(entry["items"])) for entry in values)
+    except (TypeError, KeyError, ValueError) as error:
+        raise FastDLLMError(f'{path}: {TRAINED_ON_KEY}: must be a list of {{"tasks": [...], "items": ...}}') from error
+
+
+def written_trained_on(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What `read_trained_on` reads."""
+    return [asdict(entry) for entry in checkpoint.trained_on]
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:

@@ -15,9 +15,11 @@ from fast_dllm.checkpoint.adapter import load_adapter, open_base
 from fast_dllm.checkpoint.checkpoint import (
     AUTOREGRESSIVE,
     CONFIG_KEY,
+    TRAINED_ON_KEY,
     Checkpoint,
     find_stop_token_ids,
     read_config,
+    read_trained_on,
     vocabulary_rows,
 )
 from fast_dllm.checkpoint.dtype import cast_weights
@@ -180,6 +182,7 @@ def _from_directory(
         stop_token_ids=find_stop_token_ids(model, tokenizer),
         origin=f"{model.config.model_type} ({kind}) from {name}",
         fingerprint=fingerprint(model),
+        trained_on=read_trained_on(values.get(TRAINED_ON_KEY, []), path / "config.json"),
     )
 
 

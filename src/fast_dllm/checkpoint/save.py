@@ -10,7 +10,13 @@ from safetensors import safe_open
 from transformers import GenerationConfig
 
 from fast_dllm.checkpoint.card import model_card
-from fast_dllm.checkpoint.checkpoint import CONFIG_KEY, Checkpoint, vocabulary_rows
+from fast_dllm.checkpoint.checkpoint import (
+    CONFIG_KEY,
+    TRAINED_ON_KEY,
+    Checkpoint,
+    vocabulary_rows,
+    written_trained_on,
+)
 from fast_dllm.checkpoint.directory import BLOCK_DIFFUSION_FILE, whole_directory
 from fast_dllm.checkpoint.quiet import quiet
 from fast_dllm.errors import FastDLLMError
@@ -40,6 +46,7 @@ def save_checkpoint(checkpoint: Checkpoint, directory: str | Path, *, recipe: Ma
     with whole_directory(directory) as temporary, quiet():
         generation, model.generation_config = model.generation_config, _generation_config(checkpoint)
         setattr(model.config, CONFIG_KEY, checkpoint.config.to_dict())
+        setattr(model.config, TRAINED_ON_KEY, written_trained_on(checkpoint))
         # An exported directory names code of its own, which is not saved with the weights.
         model.config.__dict__.pop("auto_map", None)
         try:
@@ -100,6 +107,7 @@ def _adapter_record(checkpoint: Checkpoint) -> dict[str, Any]:
         "mask_token_added": checkpoint.mask_token_added,
         "gated": gated_token(checkpoint.model) is not None,
         "stop_token_ids": list(checkpoint.stop_token_ids),
+        TRAINED_ON_KEY: written_trained_on(checkpoint),
     }
 
 

@@ -84,6 +84,7 @@ def adapt(
 def _run(plan: Recipe, out: Path, console: "Console") -> None:
     options = plan.options
     with waiting("preparing the data"):
+        from fast_dllm.checkpoint import TaskItems
         from fast_dllm.checkpoint.directory import check_target
         from fast_dllm.training.adapt import adapt as train
 
@@ -97,7 +98,16 @@ def _run(plan: Recipe, out: Path, console: "Console") -> None:
     told = "adapting; the held-out loss is measured before and after"
     with console.status(told) if console.is_terminal and not console.quiet else nullcontext():
         shown = None if console.quiet else console
-        result = train(plan.model, data.samples, options, out, held_out=data.held_out, probe=probe, console=shown)
+        result = train(
+            plan.model,
+            data.samples,
+            options,
+            out,
+            held_out=data.held_out,
+            probe=probe,
+            console=shown,
+            generated=TaskItems(plan.tasks, plan.task_items) if plan.tasks else None,
+        )
     if console.quiet:
         return
     if options.stream:

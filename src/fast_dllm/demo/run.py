@@ -56,7 +56,7 @@ def run_demo(
     console.rule("1. Load an adapted model")
     with busy(console, f"Loading {model}"):
         answering = _load(model)
-        *test, warm_up = unseen_questions(EASY_TASKS, RESERVED_TEST_ITEMS)
+        *test, warm_up = unseen_questions(EASY_TASKS, RESERVED_TEST_ITEMS, answering.checkpoint.trained_on)
     console.print(answering.checkpoint.origin, markup=False)
     live = None
     if adapt:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fast_dllm.api import BlockDiffusionLM
+from fast_dllm.checkpoint import TaskItems
 from fast_dllm.config import CacheDtype, DecodingConfig
 from fast_dllm.data.tasks import TASKS
 from fast_dllm.errors import FastDLLMError
@@ -44,8 +45,8 @@ def run_eval(
         model: what `BlockDiffusionLM.from_pretrained` takes.
         tasks: names in `data.tasks.TASKS`, of which only held-out questions are asked, and tasks of
             lm-evaluation-harness; None takes the procedural tasks of the model in the box.
-        count: procedural questions, over all tasks (None: 200; none that a recipe of this repository trains on), and
-            of each task of lm-evaluation-harness (None: all).
+        count: procedural questions, over all tasks (None: 200; none that the models, or a recipe of this repository,
+            were trained on), and of each task of lm-evaluation-harness (None: all).
         thresholds: of block diffusion.
         verify: see `ways_to_decode`.
         baseline: a model whose AR answers are compared with; None compares with the model's own.
@@ -73,16 +74,18 @@ def run_eval(
         limit=count,
         max_new_tokens=max_new_tokens,
     )
-    benchmarks = [*_procedural(names, count, max_new_tokens), *others]
     lm = _load(model, dtype, cache_dtype)
+    other = None if baseline is None else _load(baseline, dtype, cache_dtype)
+    trained_on = [entry for one in (lm, other) if one is not None for entry in one.checkpoint.trained_on]
+    benchmarks = [*_procedural(names, count, max_new_tokens, trained_on), *others]
     ways = _ways(lm, benchmarks, thresholds, verify)
-    if baseline is None and AUTOREGRESSIVE not in ways:
+    if other is None and AUTOREGRESSIVE not in ways:
         raise FastDLLMError(
             f"{model}: has no autoregressive answers to compare with; name a baseline (--against MODEL)"
         )
     contestants = [(lm, ways)]
-    if baseline is not None:
-        contestants.insert(0, (_load(baseline, dtype, cache_dtype), {f"AR of {baseline}": ONE_BY_ONE}))
+    if other is not None:
+        contestants.insert(0, (other, {f"AR of {baseline}": ONE_BY_ONE}))
     outcomes = _ask(contestants, benchmarks, max_batch, console)
     reference = outcomes[AUTOREGRESSIVE if baseline is None else f"AR of {baseline}"]
     report = to_report(
@@ -119,11 +122,13 @@ def _ask(
     return outcomes
 
 
-def _procedural(names: Sequence[str], count: int | None, max_new_tokens: int | None) -> list[Benchmark]:
+def _procedural(
+    names: Sequence[str], count: int | None, max_new_tokens: int | None, trained_on: Sequence[TaskItems]
+) -> list[Benchmark]:
     tasks = [name for name in names if name in TASKS]
     if not tasks:
         return []
-    items = unseen_questions(tasks, PROCEDURAL_QUESTIONS if count is None else count)
+    items = unseen_questions(tasks, PROCEDURAL_QUESTIONS if count is None else count, trained_on)
     return [ProceduralBenchmark(items, MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens)]
 
 

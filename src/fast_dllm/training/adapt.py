@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 from transformers.trainer_utils import IntervalStrategy
 
-from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, add_mask_token, save_adapter, save_checkpoint
+from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, TaskItems, add_mask_token, save_adapter, save_checkpoint
 from fast_dllm.checkpoint.directory import check_target
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.data.chat import Sample
@@ -58,6 +58,7 @@ def adapt(
     held_out: Sequence[Sample] = (),
     probe: Sequence[ProbeItem] | None = None,
     console: Console | None = None,
+    generated: TaskItems | None = None,
 ) -> AdaptResult:
     """Adapt a model to block diffusion (or fine-tune it autoregressively).
 
@@ -76,6 +77,7 @@ def adapt(
         held_out: samples whose loss is measured before, on the way and after.
         probe: prompts that are decoded then; None takes those of the first held-out samples.
         console: where progress goes, a bar on a terminal and else a line a minute; None shows none.
+        generated: which of the samples are of `data.build.task_documents`; recorded, for `eval` to ask others.
 
     Raises:
         FastDLLMError: when the source is unusable, there is nothing to train on, `out` holds another run, or the
@@ -89,6 +91,8 @@ def adapt(
     data, samples = digest_of(samples)
     run.claim({"source": str(source), "data": data, "processes": arguments.world_size, **options.to_dict()})
     model, checkpoint = _prepare(source, options)
+    if generated is not None and generated not in checkpoint.trained_on:
+        checkpoint.trained_on += (generated,)
     per_update = options.batch_size * options.accumulation * arguments.world_size
     rows = RunDataset(open_run(samples, checkpoint.config, options, per_update), options.steps * per_update)
     evaluation = _evaluation(held_out[: options.eval_samples], probe, checkpoint, options)
