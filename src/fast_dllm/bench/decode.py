@@ -1,23 +1,25 @@
-"""Decoding on the clock, its prefill left out."""
+"""Decoding on the clock, the prompt left out."""
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.config import DecodingConfig
-from fast_dllm.decoding.events import Event, ForwardKind
+from fast_dllm.decoding.events import Event
 from fast_dllm.generation import GenerateResult, generate_batch, make_engine
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast answers came after the prefill.
+    """How fast answers came after the prompt.
 
     Attributes:
-        tokens: that became final after the last prefill, over all rows.
+        tokens: of the answers, over all rows, that were revealed behind the last forward that prefilled. Those that it
+            revealed itself, as a first token or a draft, are left out as its time is.
         forwards: rows' forwards after it, those of all rows added up.
-        seconds: from the last prefill to the end.
+        seconds: from the end of that forward to the end.
     """
 
     tokens: int
@@ -26,7 +28,7 @@ class Pace:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second after the prefill."""
+        """Tokens a second after the prompt."""
         return self.tokens / self.seconds
 
 
@@ -42,33 +44,35 @@ class Decoded(Pace):
 
 
 class _Clock:
-    """Starts anew with every prefill. Requests shorter than a block have none, and are timed from the start."""
+    """Starts anew behind every forward that prefilled, were it also a first look at a block.
 
-    def __init__(self, settled: dict[int, int]) -> None:
-        """Start.
+    A request that commits no prompt (one shorter than a block, or over the whole canvas) is timed from the start.
+    """
 
-        Args:
-            settled: by request, the tokens of its prompt.
-        """
-        self._settled = dict(settled)
+    def __init__(self) -> None:
+        self._settled: dict[int, int] = {}
         self._start()
 
     def _start(self) -> None:
-        self._before = sum(self._settled.values())
+        self._revealed: dict[int, set[int]] = defaultdict(set)
         self._forwards = 0
         self._started = time.perf_counter()
 
     def watch(self, event: Event) -> None:
-        """Note what a forward settled."""
+        """Note what a forward revealed."""
         self._settled[event.request] = event.settled
+        # A draft that was taken back is revealed again, so positions are counted, not events.
+        self._revealed[event.request].update(event.positions)
         self._forwards += 1
-        if event.kind is ForwardKind.PREFILL:
+        if event.prefilled:
             self._start()
 
     def stop(self) -> Pace:
         """What was decoded since the last prefill."""
         seconds = time.perf_counter() - self._started
-        return Pace(sum(self._settled.values()) - self._before, self._forwards, seconds)
+        # What was revealed behind a stop token or the limit is no part of the answer.
+        found = ((place, self._settled[row]) for row, places in self._revealed.items() for place in places)
+        return Pace(sum(place < end for place, end in found), self._forwards, seconds)
 
 
 def decode(lm: BlockDiffusionLM, prompts: Sequence[list[int]], decoding: DecodingConfig) -> Decoded:
@@ -79,7 +83,7 @@ def decode(lm: BlockDiffusionLM, prompts: Sequence[list[int]], decoding: Decodin
         prompts: token ids.
         decoding: settings of all.
     """
-    clock = _Clock({number: len(prompt) for number, prompt in enumerate(prompts)})
+    clock = _Clock()
     result = generate_batch(
         lm.backbone,
         lm.config,
@@ -114,8 +118,9 @@ class Continuation:
 
     def decode(self, decoding: DecodingConfig) -> Pace:
         """Answer again."""
-        requests = [self._engine.submit(prompt, decoding) for prompt in self._prompts]
-        clock = _Clock({request.id: request.state.prompt_length for request in requests})
+        for prompt in self._prompts:
+            self._engine.submit(prompt, decoding)
+        clock = _Clock()
         for event in self._engine.run():
             clock.watch(event)
         return clock.stop()

@@ -34,6 +34,8 @@ class Event:
         settled: absolute position up to which every token is now final; what lies before it may be shown as text.
         withdrawn: drafted tokens that it took back, when a draft is verified: the one at `positions[0]`, for which it
             reveals another, and all behind it.
+        prefilled: prompt positions that it committed, in whatever kind of forward; in a request that was preempted,
+            answer positions that it commits once more too.
         finish: why the request ended, with its last event.
     """
 
@@ -46,6 +48,7 @@ class Event:
     confidences: tuple[float, ...]
     settled: int
     withdrawn: int = 0
+    prefilled: int = 0
     finish: FinishReason | None = None
 
 

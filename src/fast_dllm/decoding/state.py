@@ -338,6 +338,7 @@ def absorb(state: DecodeState, forward: Forward, request: int, revealed: Sequenc
         confidences=tuple(confidence for _, _, confidence in accepted),
         settled=state.settled,
         withdrawn=withdrawn,
+        prefilled=forward.prefilled,
         finish=state.finish,
     )
     state.statistics.count(event)
