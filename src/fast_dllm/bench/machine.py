@@ -4,11 +4,11 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +42,12 @@ class Peaks:
             "bandwidth_gb_per_s": self.bandwidth / 1e9,
             "matmul_gflop_per_s": {dtype: flops / 1e9 for dtype, flops in self.flops.items()},
         }
+
+    @classmethod
+    def from_dict(cls, machine: Mapping[str, Any]) -> Self:
+        """As `to_dict` left them."""
+        flops = {dtype: float(rate) * 1e9 for dtype, rate in machine["matmul_gflop_per_s"].items()}
+        return cls(int(machine["threads"]), float(machine["bandwidth_gb_per_s"]) * 1e9, flops)
 
 
 def describe() -> dict[str, Any]:

@@ -16,7 +16,8 @@ def take_over(about: dict[str, Any], findings: Findings, out: Path) -> float:
     """Take over what `out`/bench.json holds of a run like this one, if there is one.
 
     Args:
-        about: of this run; gets the parts that are done.
+        about: of this run; gets the parts that are done, and the machine with its peaks as measured then: rooflines
+            of one file are to rest on one measurement.
         findings: get the earlier ones.
         out: directory of the run.
 
@@ -38,11 +39,11 @@ def take_over(about: dict[str, Any], findings: Findings, out: Path) -> float:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FastDLLMError(f"{path}: is no run that can be resumed; choose another --out") from error
     for name, value in mine.items():
-        if value != theirs[name]:
+        if value != theirs.get(name):
             raise FastDLLMError(
-                f"{path}: is of another run ({name}: {theirs[name]} there, {value} here); choose another --out"
+                f"{path}: is of another run ({name}: {theirs.get(name)} there, {value} here); choose another --out"
             )
-    about["part_seconds"] = saved["part_seconds"]
+    about["part_seconds"], about["machine"] = saved["part_seconds"], saved["machine"]
     findings.records.update(records)
     for entry in not_measured:
         findings.skip(entry["what"], entry["why"])
@@ -56,6 +57,6 @@ def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
         **{f"model's {name}": value for name, value in about["model"].items()},
         **{name: value for name, value in about["options"].items() if name not in _FREE},
         **about["plan"],
-        "cpu": machine["cpu"],
-        "threads": machine["threads"],
+        **{name: machine[name] for name in ("cpu", "cpu_capability", "cores", "threads")},
+        **{f"version of {library}": version for library, version in machine["versions"].items()},
     }

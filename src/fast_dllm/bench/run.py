@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from fast_dllm.bench.first_token import measure_first_token
 from fast_dllm.bench.growth import growth_parts
 from fast_dllm.bench.latency import latency_parts
 from fast_dllm.bench.linears import measure_linears
-from fast_dllm.bench.machine import describe, measure_peaks
-from fast_dllm.bench.options import BenchOptions
+from fast_dllm.bench.machine import Peaks, describe, measure_peaks
+from fast_dllm.bench.options import BenchOptions, Plan
 from fast_dllm.bench.peers import measure_peers
 from fast_dllm.bench.precision import measure_precision
 from fast_dllm.bench.questions import ask_about
 from fast_dllm.bench.report import write_json
 from fast_dllm.bench.resume import take_over
 from fast_dllm.bench.throughput import Contestant, Standing, throughput_parts
+from fast_dllm.checkpoint.fingerprint import digest
 from fast_dllm.demo.live import busy
 from fast_dllm.errors import FastDLLMError
 
@@ -49,9 +50,7 @@ def run_bench(options: BenchOptions, *, screen: Console | None = None) -> BenchR
     threads = torch.get_num_threads()
     torch.set_num_threads(threads if options.threads is None else options.threads)
     try:
-        bench = _prepare(options, screen)
-        about = {**_about(bench), "part_seconds": {}}
-        earlier = take_over(about, bench.findings, options.out) if options.resume else 0.0
+        bench, about, earlier = _prepare(options, screen)
 
         def result(files: Sequence[str] = ()) -> BenchResult:
             seconds = round(earlier + time.perf_counter() - started, 1)
@@ -68,16 +67,21 @@ def run_bench(options: BenchOptions, *, screen: Console | None = None) -> BenchR
     return whole
 
 
-def _prepare(options: BenchOptions, screen: Console) -> Bench:
+def _prepare(options: BenchOptions, screen: Console) -> tuple[Bench, dict[str, Any], float]:
+    """The run, what it is about, and the seconds that an earlier half of it took."""
     _open(options.out)
     plan, findings = options.plan(), Findings()
     with busy(screen, f"Loading {options.model}"):
         models = _load(options, plan.dtypes, findings)
-    with busy(screen, "Measuring the machine"):
-        peaks = measure_peaks(models)
+        about = _about(options, plan, models)
+    earlier = take_over(about, findings, options.out) if options.resume else 0.0
+    machine = about["machine"]
+    if "bandwidth_gb_per_s" not in machine:  # else an earlier half has measured it
+        with busy(screen, "Measuring the machine"):
+            machine.update(measure_peaks(models).to_dict())
     lm = next(iter(models.values()))
     questions = ask_about(lm.tokenizer, plan.items, seed=options.seed, trained_on=lm.checkpoint.trained_on)
-    return Bench(options, plan, models, questions, findings, peaks, screen)
+    return Bench(options, plan, models, questions, findings, Peaks.from_dict(machine), screen), about, earlier
 
 
 def _open(out: Path) -> None:
@@ -135,22 +139,24 @@ def _measure(bench: Bench, done: Container[str]) -> Iterator[tuple[str, float]]:
         yield name, round(time.perf_counter() - started, 1)
 
 
-def _about(bench: Bench) -> dict[str, Any]:
-    lm = next(iter(bench.models.values()))
+def _about(options: BenchOptions, plan: Plan, models: Mapping[str, BlockDiffusionLM]) -> dict[str, Any]:
+    lm = next(iter(models.values()))
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "model": {
-            "name": bench.options.model,
+            "name": options.model,
             "origin": lm.checkpoint.origin,
+            "weights": digest(lm.checkpoint.model),
             "block_size": lm.config.block_size,
             "mask_token_id": lm.config.mask_token_id,
             "context_attention": lm.config.context_attention,
-            "backbones": {dtype: _backbone(own) for dtype, own in bench.models.items()},
+            "backbones": {dtype: _backbone(own) for dtype, own in models.items()},
         },
-        "options": bench.options.to_dict(),
-        "plan": _plain(bench.plan),
-        "machine": {**describe(), **bench.peaks.to_dict()},
+        "options": options.to_dict(),
+        "plan": _plain(plan),
+        "machine": {**describe(), "threads": torch.get_num_threads()},
+        "part_seconds": {},
     }
 
 

@@ -1,4 +1,4 @@
-"""A cheap hash that tells one base model from another."""
+"""Hashes of weights: a cheap one that tells one base model from another, and one of every value."""
 
 import hashlib
 import json
@@ -37,3 +37,12 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(name.encode())
         digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def digest(model: PreTrainedModel) -> str:
+    """Hash of every weight as it stands, those of an adapter on it too: tells a model from one trained further."""
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        found.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        found.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:32]
