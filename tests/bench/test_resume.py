@@ -36,6 +36,10 @@ def measure(options, *tables):
     return json.loads(json.dumps(found.to_dict()))
 
 
+def skipped(found, what):
+    return [entry["why"] for entry in found["not_measured"] if entry["what"] == what]
+
+
 def test_other_weights_in_the_same_place_are_another_run(options, tmp_path):
     measure(options, "first_token")
     save_tiny(tmp_path / "model", adapted=True, seed=1)
@@ -85,3 +89,27 @@ def test_rooflines_of_one_file_rest_on_one_measurement(options, monkeypatch):
     for record in whole["forward_s"]:
         least = max(record["bytes"] / PEAKS.bandwidth, record["flops"] / PEAKS.flops["float32"])
         assert record["roofline_s"] == pytest.approx(least)
+
+
+def test_a_part_that_failed_is_tried_again(options, monkeypatch):
+    def attempt(number, why):
+        def measure_some(bench):
+            bench.findings.add("precision", [1.0], dtype="float32")
+            bench.findings.skip("a peer", f"not here, attempt {number}")
+            if why:
+                raise FastDLLMError(why)
+
+        monkeypatch.setattr(run, "measure_precision", measure_some)
+        return measure(options, "precision")
+
+    for number, why in enumerate(["out of luck", "out of memory"]):
+        failed = attempt(number, why)
+        assert skipped(failed, "precision") == [why]
+        assert (failed["part_seconds"], failed["precision"]) == ({}, [])
+    for number in (2, 3):
+        done = attempt(number, None)
+        assert skipped(done, "precision") == []
+        assert list(done["part_seconds"]) == ["precision"]
+        assert len(done["precision"]) == 1
+        # What no attempt could measure is named once. The last one had nothing left to do.
+        assert skipped(done, "a peer") == ["not here, attempt 2"]

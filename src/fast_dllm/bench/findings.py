@@ -1,10 +1,11 @@
 """What was found, and what was not measured and why."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fast_dllm.errors import FastDLLMError
 from fast_dllm.spread import spread
 
 Record = dict[str, Any]
@@ -73,16 +74,39 @@ class Findings:
         return record
 
     def skip(self, what: str, why: object) -> None:
-        """Name something as not measured.
+        """Name something as not measured, once: of two reasons the later one stays.
 
         Args:
             what: the table, dtype or peer.
             why: the reason; an error's first line is enough.
         """
         reason = " ".join(str(why).split()) or type(why).__name__
-        entry = {"what": what, "why": reason}
-        if entry not in self.not_measured:
-            self.not_measured.append(entry)
+        self._forget(what)
+        self.not_measured.append({"what": what, "why": reason})
+
+    def attempt(self, part: str, measure: Callable[[], None]) -> bool:
+        """Measure a part of the run: all of it, or nothing but why not, so that it can be tried again.
+
+        Args:
+            part: its name.
+            measure: adds to these findings.
+
+        Returns:
+            Whether it could be measured.
+        """
+        before = {quantity: len(found) for quantity, found in self.records.items()}
+        try:
+            measure()
+        except FastDLLMError as error:
+            for quantity, found in self.records.items():
+                del found[before.get(quantity, 0) :]
+            self.skip(part, error)
+            return False
+        self._forget(part)
+        return True
+
+    def _forget(self, what: str) -> None:
+        self.not_measured[:] = [entry for entry in self.not_measured if entry["what"] != what]
 
 
 @dataclass(frozen=True)

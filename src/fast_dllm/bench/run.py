@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,7 @@ def run_bench(options: BenchOptions, *, screen: Console | None = None) -> BenchR
             seconds = round(earlier + time.perf_counter() - started, 1)
             return BenchResult(about, bench.findings.records, bench.findings.not_measured, seconds, files)
 
-        for name, seconds in _measure(bench, done=about["part_seconds"].keys()):
-            about["part_seconds"][name] = seconds
+        for _ in _measure(bench, about["part_seconds"]):
             # A long run that is interrupted leaves the parts it finished.
             write_json(result(), options.out)
     finally:
@@ -125,18 +124,21 @@ def _parts(bench: Bench) -> Iterator[Part]:
             yield from parts()
 
 
-def _measure(bench: Bench, done: Container[str]) -> Iterator[tuple[str, float]]:
-    """Measure what is not done; yields the name of each part, and the seconds it took."""
+def _measure(bench: Bench, seconds: dict[str, float]) -> Iterator[None]:
+    """Measure what is not done; yields behind each part.
+
+    Args:
+        bench: gets what is found.
+        seconds: of the parts that are done; gets those of others. One that fails gets none: it is no reason to lose
+            the others, and a resumed run tries it again.
+    """
     for name, measure in _parts(bench):
-        if name in done:
+        if name in seconds:
             continue
         started = time.perf_counter()
-        try:
-            measure()
-        except FastDLLMError as error:
-            # One part that cannot be is no reason to lose the others.
-            bench.findings.skip(name, error)
-        yield name, round(time.perf_counter() - started, 1)
+        if bench.findings.attempt(name, measure):
+            seconds[name] = round(time.perf_counter() - started, 1)
+        yield
 
 
 def _about(options: BenchOptions, plan: Plan, models: Mapping[str, BlockDiffusionLM]) -> dict[str, Any]:
