@@ -1,4 +1,4 @@
-"""A run in several halves is one run: the same model, machine and peaks."""
+"""A run in several halves is one run: the same model, machine, peaks and contestants."""
 
 import io
 import json
@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from fast_dllm.bench import BenchOptions, machine, run, run_bench
+from fast_dllm.bench import BenchOptions, machine, peers, run, run_bench
+from fast_dllm.bench.setting import AR
 from fast_dllm.checkpoint.fingerprint import digest, fingerprint
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.lora import wrap_with_lora
@@ -113,3 +114,19 @@ def test_a_part_that_failed_is_tried_again(options, monkeypatch):
         assert len(done["precision"]) == 1
         # What no attempt could measure is named once. The last one had nothing left to do.
         assert skipped(done, "a peer") == ["not here, attempt 2"]
+
+
+def test_peers_race_the_fastest_of_the_throughput_table_after_a_pause_too(options, monkeypatch):
+    found = measure(options, "throughput")
+    fastest, as_right = found["diffusion_tokens_per_s"][3:5]
+    found["ar_tokens_per_s"][0]["accuracy"] = as_right["accuracy"] = 1.0
+    fastest["value"], as_right["value"] = 2e9, 1e9
+    (options.out / "bench.json").write_text(json.dumps(found))
+    raced = []
+    monkeypatch.setattr(run, "measure_peers", lambda bench: raced.extend(peers._our_contestants(bench)))
+    measure(options, "throughput", "peers")
+    assert [dtype for dtype, _ in raced] == ["float32"] * 3
+    assert raced[0][1] is AR
+    for (_, setting), record in zip(raced[1:], (fastest, as_right), strict=True):
+        assert setting.threshold == record["threshold"]
+        assert {name: record[name] for name in setting.labels()} == setting.labels()

@@ -16,7 +16,7 @@ from fast_dllm.bench.decode import Decoded, decode
 from fast_dllm.bench.gguf_file import check_writable, gguf_of, write_f16
 from fast_dllm.bench.llamacpp import LlamaCpp, system_info
 from fast_dllm.bench.setting import AR, Setting, can_diffuse, can_go_one_by_one, diffusion
-from fast_dllm.bench.throughput import Contestant, Standing, ask, fastest, standing
+from fast_dllm.bench.throughput import Contestant, ask, fastest_alone, standing
 from fast_dllm.bench.timing import WARM_UP, WARM_UP_TOKENS, Timed, paired_ratios
 from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.config import DecodingConfig
@@ -47,15 +47,14 @@ Calls = dict[Any, Callable[[int], Decoded | PeerAnswer]]
 Rounds = dict[Any, list[Timed[Any]]]
 
 
-def measure_peers(bench: Bench, standings: dict[Contestant, Standing]) -> None:
+def measure_peers(bench: Bench) -> None:
     """Race our decoders and the peers, one question at a time.
 
     Args:
-        bench: gets `ar_over_transformers`, `diffusion_over_llamacpp`, and the peers' own rates.
-        standings: of the throughput table at batch 1; names our fastest settings. Without any, the default
-            way to decode.
+        bench: gets `ar_over_transformers`, `diffusion_over_llamacpp`, and the peers' own rates. The throughput
+            table at batch 1 names our fastest settings; without it, it is the default way to decode.
     """
-    ours = _our_contestants(bench, standings)
+    ours = _our_contestants(bench)
     with _peers(bench) as peers:
         if not peers:
             return
@@ -66,19 +65,14 @@ def measure_peers(bench: Bench, standings: dict[Contestant, Standing]) -> None:
     _note(bench, ours, list(peers), timed)
 
 
-def _our_contestants(bench: Bench, standings: dict[Contestant, Standing]) -> list[Contestant]:
+def _our_contestants(bench: Bench) -> list[Contestant]:
     """AR; block diffusion at its fastest, and at its fastest where it is as often right as AR."""
     ours: list[Contestant] = []
     for dtype, lm in bench.models.items():
         if can_go_one_by_one(lm):
             ours.append((dtype, AR))
-        if not can_diffuse(lm):
-            continue
-        ar = standings.get((dtype, AR))
-        fast = fastest(standings, dtype)
-        equal = fastest(standings, dtype, least_accuracy=ar.accuracy) if ar else None
-        chosen = dict.fromkeys((fast or diffusion(lm), equal))
-        ours += [(dtype, setting) for setting in chosen if setting is not None]
+        if can_diffuse(lm):
+            ours += [(dtype, setting) for setting in fastest_alone(bench, dtype) or [diffusion(lm)]]
     return ours
 
 

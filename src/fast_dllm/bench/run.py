@@ -26,7 +26,7 @@ from fast_dllm.bench.precision import measure_precision
 from fast_dllm.bench.questions import ask_about
 from fast_dllm.bench.report import write_json
 from fast_dllm.bench.resume import take_over
-from fast_dllm.bench.throughput import Contestant, Standing, throughput_parts
+from fast_dllm.bench.throughput import throughput_parts
 from fast_dllm.checkpoint.fingerprint import digest
 from fast_dllm.demo.live import busy
 from fast_dllm.errors import FastDLLMError
@@ -109,12 +109,11 @@ def _load(options: BenchOptions, dtypes: Sequence[str], findings: Findings) -> d
 
 def _parts(bench: Bench) -> Iterator[Part]:
     """The chosen tables, in parts of some minutes each."""
-    alone: dict[Contestant, Standing] = {}
     tables: dict[str, Callable[[], Iterable[Part]]] = {
-        "throughput": lambda: throughput_parts(bench, alone),
+        "throughput": lambda: throughput_parts(bench),
         "latency": lambda: latency_parts(bench),
         "first_token": lambda: [("first_token", lambda: measure_first_token(bench))],
-        "peers": lambda: [("peers", lambda: measure_peers(bench, alone))],
+        "peers": lambda: [("peers", lambda: measure_peers(bench))],
         "growth": lambda: growth_parts(bench),
         "precision": lambda: [("precision", lambda: measure_precision(bench))],
         "linears": lambda: [("linears", lambda: measure_linears(bench))],

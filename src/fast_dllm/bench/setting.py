@@ -50,6 +50,10 @@ class Setting:
         plain = {"verify": False, "sub_block_cache": "none", "cache_refresh": None, "fused_commit": False}
         return {**plain, **dict(self.chosen)}
 
+    def is_of(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record is of this way to decode."""
+        return record["threshold"] == self.threshold and self.labels().items() <= record.items()
+
     def __str__(self) -> str:
         if self.threshold is None:
             return "AR"

@@ -11,7 +11,6 @@ from fast_dllm.bench.questions import Questions
 from fast_dllm.bench.setting import AR, Setting, can_diffuse, can_go_one_by_one, settings_for
 from fast_dllm.bench.timing import WARM_UP, WARM_UP_TOKENS, Timed, paired_ratios
 from fast_dllm.generation import GenerateResult
-from fast_dllm.spread import spread
 
 Contestant = tuple[str, Setting]
 """dtype, and how it decodes."""
@@ -37,28 +36,24 @@ class Standing:
     new_tokens: int = 0
 
 
-def throughput_parts(bench: Bench, alone: dict[Contestant, Standing]) -> Iterator[Part]:
+def throughput_parts(bench: Bench) -> Iterator[Part]:
     """Ask every contestant every question: a part for each batch size and dtype.
 
     Args:
         bench: gets `ar_tokens_per_s`, `diffusion_tokens_per_s`, `diffusion_over_ar` and `tokens_per_forward`.
-        alone: gets how each contestant did at batch 1.
     """
     for batch in bench.plan.batches:
         for dtype in bench.models:
-            yield f"throughput, batch {batch}, {dtype}", partial(_measure, bench, batch, dtype, alone)
+            yield f"throughput, batch {batch}, {dtype}", partial(_measure, bench, batch, dtype)
 
 
-def _measure(bench: Bench, batch: int, dtype: str, alone: dict[Contestant, Standing]) -> None:
+def _measure(bench: Bench, batch: int, dtype: str) -> None:
     _say_what_is_missing(bench)
     every_way = batch <= bench.plan.every_way_up_to
     ways = settings_for(bench.models[dtype], bench.plan.thresholds, every_way=every_way)
     contestants = [(dtype, way) for way in ways]
     rounds = max(bench.plan.rounds, -(-bench.plan.items // batch))
-    standings = race(bench, contestants, batch, rounds)
-    if batch == 1:
-        alone.update(standings)
-    _note(bench, batch, standings)
+    _note(bench, batch, race(bench, contestants, batch, rounds))
 
 
 def race(bench: Bench, contestants: Sequence[Contestant], batch: int, rounds: int) -> dict[Contestant, Standing]:
@@ -112,14 +107,23 @@ def standing(rounds: Rounds, questions: Questions, batch: int) -> Standing:
     )
 
 
-def fastest(standings: dict[Contestant, Standing], dtype: str, *, least_accuracy: float = 0.0) -> Setting | None:
-    """The fastest way to decode in blocks with a dtype, among those of some accuracy."""
-    rates = {
-        setting: spread(found.rates).median
-        for (own, setting), found in standings.items()
-        if own == dtype and not setting.is_ar and found.accuracy >= least_accuracy
-    }
-    return max(rates, key=lambda setting: rates[setting]) if rates else None
+def fastest_alone(bench: Bench, dtype: str) -> list[Setting]:
+    """The fastest way to decode in blocks with a dtype at batch 1, and the fastest that is as often right as AR.
+
+    They are read off the records, which an earlier half of the run may have left.
+
+    Returns:
+        Those that there are, once if they are one.
+    """
+    lm, records = bench.models[dtype], bench.findings.records
+    ar, blocks = (
+        [record for record in records.get(quantity, []) if (record["batch"], record["dtype"]) == (1, dtype)]
+        for quantity in ("ar_tokens_per_s", "diffusion_tokens_per_s")
+    )
+    as_right = [record for record in blocks if ar and record["accuracy"] >= ar[0]["accuracy"]]
+    found = [max(some, key=lambda record: record["value"]) for some in (blocks, as_right) if some]
+    ways = settings_for(lm, bench.plan.thresholds, every_way=True)
+    return list(dict.fromkeys(way for record in found for way in ways if way.is_of(record)))
 
 
 def _note(bench: Bench, batch: int, standings: dict[Contestant, Standing]) -> None:
