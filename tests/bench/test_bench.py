@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +117,20 @@ def test_transformers_runs_beside_ours(whole):
     (record,) = whole["ar_over_transformers"]
     assert (record["dtype"], record["threshold"]) == ("float32", None)
     assert record["value"] > 0
+
+
+def test_peers_make_as_many_tokens_as_ar_decoding_does(whole):
+    (ratio,), (peer,) = whole["ar_over_transformers"], whole["peer_tokens_per_s"]
+    assert peer["new_tokens"] == ratio["peer_new_tokens"] == ratio["new_tokens"] > 0
+
+
+def test_llama_cpp_is_told_to_go_on_behind_a_stop_token():
+    asked = []
+    reply = {"choices": [{"text": "so"}], "timings": {"predicted_n": 7, "predicted_per_second": 2.0}}
+    server = LlamaCpp.__new__(LlamaCpp)
+    server._pipe = SimpleNamespace(send=asked.append, recv=lambda: reply)
+    assert server.complete([1, 2], 7).tokens == 7
+    assert (asked[0]["max_tokens"], asked[0]["ignore_eos"]) == (7, True)
 
 
 def test_decoding_speed_is_compared_with_that_at_the_shortest_context(whole):
@@ -298,6 +313,7 @@ def test_llama_cpp_answers_with_our_weights_as_we_do(tmp_path):
     assert not [entry for entry in found["not_measured"] if "llama.cpp" in entry["what"]]
     ratios = {record["peer"]: record for record in found["diffusion_over_llamacpp"]}
     assert set(ratios) == {"llama.cpp, its own file", "llama.cpp, these weights in f16"}
+    assert all(record["peer_new_tokens"] == record["new_tokens"] for record in found["ar_over_llamacpp"])
     ours = {record["peer"]: record["accuracy"] for record in found["ar_over_llamacpp"]}
     # A wrong permutation of a projection's rows would make nonsense of it.
     assert ratios["llama.cpp, these weights in f16"]["peer_accuracy"] == ours["llama.cpp, these weights in f16"] == 1.0

@@ -71,12 +71,13 @@ class LlamaCpp:
 
         Args:
             prompt: token ids.
-            tokens: at most; fewer when the model ends its answer.
+            tokens: to make, exactly: the end of an answer does not end it.
 
         Raises:
             FastDLLMError: when llama.cpp refuses the request.
         """
-        self._pipe.send({"prompt": prompt, "max_tokens": tokens, "temperature": 0, "cache_prompt": False})
+        size = {"max_tokens": tokens, "ignore_eos": True}
+        self._pipe.send({"prompt": prompt, "temperature": 0, "cache_prompt": False, **size})
         reply = self._answer()
         if "error" in reply:
             raise FastDLLMError(f"llama.cpp: {reply['error'].get('message', reply['error'])}")

@@ -183,11 +183,13 @@ class _Score:
         rates: by wall time, prompts included.
         decoding: prompts left out; empty where that is not known.
         accuracy: share of right answers.
+        new_tokens: over all repetitions.
     """
 
     rates: list[float]
     decoding: list[float]
     accuracy: float
+    new_tokens: int
 
 
 def _note(bench: Bench, ours: list[Contestant], peers: list[str], timed: Rounds) -> None:
@@ -204,8 +206,10 @@ def _note(bench: Bench, ours: list[Contestant], peers: list[str], timed: Rounds)
                 "threshold": setting.threshold,
                 "dtype": dtype,
                 "accuracy": own.accuracy,
+                "new_tokens": own.new_tokens,
                 "peer": peer,
                 "peer_accuracy": score.accuracy,
+                "peer_new_tokens": score.new_tokens,
                 **setting.labels(),
             }
             _note_ratio(bench, quantity, own.rates, score.rates, about)
@@ -220,7 +224,7 @@ def _note_ratio(bench: Bench, quantity: str, own: list[float], peer: list[float]
 
 def _own_score(bench: Bench, rounds: list[Timed[Decoded]]) -> _Score:
     whole = standing([Timed(one.seconds, one.result.result) for one in rounds], bench.questions, 1)
-    return _Score(whole.rates, [one.result.tokens_per_s for one in rounds], whole.accuracy)
+    return _Score(whole.rates, [one.result.tokens_per_s for one in rounds], whole.accuracy, whole.new_tokens)
 
 
 def _peer_score(bench: Bench, rounds: list[Timed[PeerAnswer]]) -> _Score:
@@ -229,6 +233,7 @@ def _peer_score(bench: Bench, rounds: list[Timed[PeerAnswer]]) -> _Score:
         rates=[one.result.tokens / one.seconds for one in rounds],
         decoding=[one.result.own_rate for one in rounds if one.result.own_rate is not None],
         accuracy=sum(right) / len(right),
+        new_tokens=sum(one.result.tokens for one in rounds),
     )
 
 
@@ -248,8 +253,8 @@ def _dtype_of_transformers(dtype: str) -> str:
 
 def _note_peer(bench: Bench, peer: str, score: _Score) -> None:
     program, _, rest = peer.partition(" ")
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"new_tokens": score.new_tokens}
     if score.decoding:
-        more = {"decoding_tokens_per_s": spread(score.decoding).median, "build": system_info()}
+        more |= {"decoding_tokens_per_s": spread(score.decoding).median, "build": system_info()}
     dtype = rest if program == "transformers" else "as in the file"
     bench.findings.add("peer_tokens_per_s", score.rates, dtype=dtype, accuracy=score.accuracy, peer=peer, **more)
