@@ -1,7 +1,8 @@
 """`measure_training`: our training step beside a plain one, in data tokens a second and peak memory.
 
-The plain step is the published one: two views, each as [noisy | clean] beside a clean stream of its own, one dense
-mask, logits of every position. Both train the same random model of a given shape on the same rows with AdamW. Each
+The plain step is the straightforward one: two views, each as [noisy | clean], one dense mask, logits of every position.
+The published code takes the noisy half of the hidden states before the LM head, and uses compiled flex_attention, which
+has no backward on a CPU. Both steps train the same random model of a given shape on the same rows with AdamW. Each
 measurement has a process of its own, since the peak of a process cannot be taken back; the contestants take turns.
 """
 
@@ -180,7 +181,7 @@ def _our_loss(model: PreTrainedModel, row: Packed) -> Tensor:
 
 
 def _plain_loss(model: PreTrainedModel, row: Packed) -> Tensor:
-    """As the published code computes it: 4L positions, logits of all, labels shifted."""
+    """Straightforward: 4L positions, logits of all, labels shifted."""
     collator = StreamCollator(config=_CONFIG, complementary=True, with_ar=False, with_diffusion=True, seed=0)
     views = collator.draw(0, row.loss_mask)
     length = len(row.input_ids)

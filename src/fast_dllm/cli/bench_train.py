@@ -21,10 +21,10 @@ def bench_train(
     ] = 1.0,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each.")] = None,
 ) -> None:
-    """Measure a training step at SmolLM2-135M's shape against the published way to compute it.
+    """Measure a training step at SmolLM2-135M's shape against a straightforward one.
 
-    Data tokens a second and peak memory, each in a process of its own. Prints a table, and one JSON object on the
-    last line.
+    That one runs two views, each [noisy | clean], under one dense mask, and computes the logits of all positions. Data
+    tokens a second and peak memory, each in a process of its own. Prints a table, and one JSON object on the last line.
     """
     try:
         sizes = [int(part) for part in lengths.split(",")]
