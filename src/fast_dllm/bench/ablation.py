@@ -118,7 +118,6 @@ def ablate(
 
 def _ask(lm: BlockDiffusionLM, questions: Sequence[Item]) -> tuple[float, float]:
     """Share of right answers at one token per forward, and tokens per forward at threshold 0.9."""
-    lm.backbone.draft_budget = None  # tokens per forward are to be those of a request that runs alone
     prompts = [item.messages()[:-1] for item in questions]
     # A causal model verifies unless told not to, which would measure its autoregressive half.
     one_by_one = DecodingConfig(policy="sequential", max_new_tokens=128, verify=False)
