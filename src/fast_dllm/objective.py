@@ -107,9 +107,10 @@ def select(wanted: Tensor, input_ids: Tensor, position_ids: Tensor, tokens: Toke
         tokens: fields [B, T].
 
     Returns:
-        The same of the wanted columns, as wide as the row that has most of them.
+        The same of the wanted columns, as wide as the row that has most of them; of none, a column of padding.
     """
-    width = int(wanted.sum(1).max())
+    # Models cannot run rows without a token, and of parallel processes each must have a gradient of every weight.
+    width = max(int(wanted.sum(1).max()), 1)
     # A stable sort moves the wanted columns to the front in their own order.
     column = torch.argsort(~wanted, dim=1, stable=True)[:, :width]
     padding = ~wanted.gather(1, column)

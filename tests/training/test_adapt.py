@@ -228,6 +228,12 @@ def test_a_diverging_loss_ends_the_run(base, tmp_path):
         adapt(base, make_samples(), options, tmp_path / "out")
 
 
+def test_steps_without_a_loss_are_no_measure_of_the_others(tmp_path):
+    watchdog, arguments = Watchdog(1.0), TrainingArguments(output_dir=str(tmp_path))
+    for loss in [0.0] * 20 + [2.0] * 20:
+        watchdog.on_log(arguments, TrainerState(), TrainerControl(), {"loss": loss})
+
+
 @pytest.mark.parametrize(("weight", "ends"), [(1.0, True), (7.0, False)])
 def test_how_far_a_loss_may_rise_goes_with_its_weight(weight, ends, tmp_path):
     watchdog, state, arguments = Watchdog(weight), TrainerState(), TrainingArguments(output_dir=str(tmp_path))
@@ -241,6 +247,14 @@ def test_how_far_a_loss_may_rise_goes_with_its_weight(weight, ends, tmp_path):
             run()
     else:
         run()
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 0}, {"gated_lora": True, "context_attention": "causal"}])
+def test_steps_at_which_nothing_is_hidden_are_trained_past(base, tmp_path, changes):
+    options = replace(OPTIONS, steps=8, batch_size=1, complementary=False, mask_ratio=0.02, **changes)
+    assert adapt(base, make_samples(), options, tmp_path / "out").steps == 8
+    found = losses(tmp_path / "out.run")
+    assert min(found) == 0 < max(found)
 
 
 def test_the_log_goes_to_tensorboard(base, tmp_path):

@@ -139,6 +139,17 @@ def test_blocks_without_loss_are_left_out():
     assert (streams.tokens.stream == 1).sum() == BLOCK
 
 
+def test_where_nothing_is_hidden_every_weight_has_a_gradient_of_zero():
+    model = tiny_model("llama")
+    ids, loss_mask, _ = batch()
+    streams = lay_out(ids, loss_mask, torch.zeros_like(loss_mask)[None], config())
+    assert streams.targets.numel() == 0
+    loss = losses_of(model, streams, "block").sum()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    assert loss == 0
+    assert all(not gradient.any() for gradient in gradients)
+
+
 def test_first_token_of_a_block_is_read_in_the_noisy_block_before():
     ids = torch.arange(3 * BLOCK)[None]
     loss_mask = torch.zeros_like(ids, dtype=torch.bool)

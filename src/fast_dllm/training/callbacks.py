@@ -143,7 +143,8 @@ class Watchdog(TrainerCallback):  # type: ignore[misc]
 
     def _add(self, loss: float) -> float:
         """The mean of the last steps; minus infinity before there are enough."""
-        self._recent.append(loss)
+        if loss != 0:  # nothing was hidden at that step: it says nothing
+            self._recent.append(loss)
         if len(self._recent) < self._WINDOW:
             return -math.inf
         mean = sum(self._recent) / self._WINDOW

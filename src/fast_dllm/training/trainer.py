@@ -166,7 +166,8 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
         self._tally.add(losses, is_ar, hidden_share, place, tokens=labels.shape[1] - 1)
         weights = torch.where(is_ar, self._ar_weight, 1.0)
         count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = (losses * weights).sum() / count
+        # Where nothing is hidden there is nothing to learn: a loss of 0, not 0 / 0.
+        loss = (losses * weights).sum() / torch.as_tensor(count).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
         return (loss, {"losses": losses}) if return_outputs else loss
