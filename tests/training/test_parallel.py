@@ -20,7 +20,7 @@ OPTIONS |= {"save_every": 10, "eval_every": 10, "dtype": "float32"}
 
 def run(base: str, out: Path, launcher: list[str], *flags: str, **options: object) -> list[dict[str, float]]:
     command = [*launcher, SCRIPT, base, str(out), json.dumps(OPTIONS | options), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [
         json.loads(line) for line in out.with_name(f"{out.name}.run").joinpath("log.jsonl").read_text().splitlines()
@@ -61,3 +61,12 @@ def test_two_processes_train_as_one(tmp_path, config, flags, options):
     assert whole.keys() == parallel.keys()
     for weight in whole:
         assert whole[weight] == pytest.approx(parallel[weight], abs=1e-3), weight
+
+
+@pytest.mark.timeout(300)
+def test_a_process_whose_time_is_up_ends_the_run_for_all(tmp_path):
+    base = save_tiny(tmp_path / "base", adapted=False)
+    options = {"batch_size": 4, "max_minutes": 30.0, "lora_rank": 0}
+    lines = run(base, tmp_path / "out", launch("ddp.yaml"), "--fast-clock", **options)
+    [step] = [line for line in lines if "loss" in line]
+    assert step["elapsed_s"] >= 30 * 60  # so that who goes on with the save trains no more, whichever clock it was

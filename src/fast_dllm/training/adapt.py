@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 from transformers.trainer_utils import IntervalStrategy
 
@@ -94,11 +94,13 @@ def adapt(
     if generated is not None and generated not in checkpoint.trained_on:
         checkpoint.trained_on += (generated,)
     per_update = options.batch_size * options.accumulation * arguments.world_size
-    rows = RunDataset(open_run(samples, checkpoint.config, options, per_update), options.steps * per_update)
     evaluation = _evaluation(held_out[: options.eval_samples], probe, checkpoint, options)
     resume = run.last_save()
     arguments.eval_on_start = evaluation is not None and resume is None
     clock = RunClock(run.log, options.max_minutes)
+    if resume is not None and clock.is_out_of_time(TrainerState.load_from_json(str(resume / "trainer_state.json"))):
+        arguments.max_steps = step_of(resume)  # Trainer has no other way to load a save and train nothing
+    rows = RunDataset(open_run(samples, checkpoint.config, options, per_update), arguments.max_steps * per_update)
     progress = None if console is None else (ProgressBar if console.is_terminal else ProgressLines)(console)
     callbacks = [] if progress is None else [progress]
     trainer = _make_trainer(model, arguments, rows, options, checkpoint.config, clock, evaluation, callbacks)

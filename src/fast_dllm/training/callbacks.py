@@ -10,6 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -49,7 +52,7 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
         """Take up the clock and the log of the resumed save: lines of steps that are done again go."""
         if state.is_world_process_zero:
             self._path.write_text("".join(json.dumps(log) + "\n" for log in state.log_history))
-        self._before = max((log.get("elapsed_s", 0.0) for log in state.log_history), default=0.0)
+        self._before = _spent(state)
         self._tokens_seen = sum(log.get("response_tokens", 0) for log in state.log_history)
         self._start = self._since = time.monotonic()
 
@@ -69,7 +72,8 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
             logs["response_tokens"] = tokens
             logs["response_tokens_seen"] = self._tokens_seen
             self._since = now
-        logs["elapsed_s"] = round(elapsed, 1)
+        # Rounded up: of a run that is out of time the save must say so.
+        logs["elapsed_s"] = math.ceil(elapsed * 10) / 10
         left = [] if self._limit is None else [self._limit - elapsed]
         if state.global_step:
             left.append(elapsed / state.global_step * (state.max_steps - state.global_step))
@@ -86,8 +90,28 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End the run when its time is up; it is saved first."""
-        if self._limit is not None and self.elapsed() >= self._limit:
-            control.should_training_stop = control.should_save = True
+        if self._limit is None or not _any_process(self.elapsed() >= self._limit):
+            return
+        # The first process writes the log, and its own clock may be the slower one.
+        self._before += max(self._limit - self.elapsed(), 0.0)
+        control.should_training_stop = control.should_save = True
+
+    def is_out_of_time(self, save: TrainerState) -> bool:
+        """Whether the run that a save is of had used up its time."""
+        return self._limit is not None and _spent(save) >= self._limit
+
+
+def _spent(state: TrainerState) -> float:
+    """Seconds of training that a save tells of."""
+    return max((float(log.get("elapsed_s", 0.0)) for log in state.log_history), default=0.0)
+
+
+def _any_process(flag: bool) -> bool:
+    """Whether it is so for any process of the run: one that stops alone leaves the others waiting for its gradients."""
+    here = PartialState()
+    if here.num_processes == 1:
+        return flag
+    return bool(reduce(torch.tensor(float(flag), device=here.device), reduction="sum") > 0)
 
 
 class Watchdog(TrainerCallback):  # type: ignore[misc]
