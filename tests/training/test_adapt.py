@@ -259,6 +259,15 @@ def test_steps_at_which_nothing_is_hidden_are_trained_past(base, tmp_path, chang
     assert min(found) == 0 < max(found)
 
 
+def test_of_several_gpus_without_a_launcher_one_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    arguments = adapt_module._training_arguments(tmp_path, replace(OPTIONS, dtype="float32"))
+    assert not arguments.use_cpu
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == 4
+
+
 def test_the_log_goes_to_tensorboard(base, tmp_path):
     pytest.importorskip("tensorboard")
     adapt(base, make_samples(), replace(OPTIONS, steps=2, report_to="tensorboard"), tmp_path / "out")

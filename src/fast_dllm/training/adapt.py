@@ -216,7 +216,7 @@ def _prepare(source: str | Path, options: AdaptOptions) -> tuple[Any, Checkpoint
 
 
 def _training_arguments(run: Path, options: AdaptOptions) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
@@ -244,6 +244,10 @@ def _training_arguments(run: Path, options: AdaptOptions) -> TrainingArguments:
         # A loss that is no number is to end the run, not to be left out of the log.
         logging_nan_inf_filter=False,
     )
+    # Without a launcher Trainer would use several GPUs by nn.DataParallel, which cuts every tensor along its first axis:
+    # of `tokens` and `read` that is not the batch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _read_up_to(place: int, rows: RunDataset, console: Console | None) -> None:
