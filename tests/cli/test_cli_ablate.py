@@ -26,6 +26,14 @@ def test_every_variant_is_trained_and_asked(run, plain, tmp_path):
     assert "other settings (data)" in outcome.err
 
 
+def test_options_that_do_not_go_with_a_variant_are_refused_before_any_is_trained(run, plain, tmp_path):
+    pytest.importorskip("reasoning_gym")
+    outcome = run("ablate", plain, "--out", tmp_path / "out", *FAST, "--no-token-shift", "--task-items", 4)
+    assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
+    assert "leave token_shift on" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_lengths_that_are_no_blocks_are_refused(run):
     outcome = run("bench-train", "--lengths", "100")
     assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)

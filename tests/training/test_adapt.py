@@ -130,6 +130,12 @@ def test_only_the_mask_row_of_the_embedding_is_trained(base, tmp_path):
     assert changed.nonzero().flatten().tolist() == [mask]
 
 
+@pytest.mark.parametrize("wrong", [{"objective": "ar"}, {"ar_weight": 0.5, "context_attention": "causal"}])
+def test_an_autoregressive_loss_needs_the_token_shift(wrong):
+    with pytest.raises(FastDLLMError, match=r"^token_shift=False: .* leave token_shift on$"):
+        replace(OPTIONS, token_shift=False, **wrong)
+
+
 def test_other_settings_in_the_same_place_are_refused(base, tmp_path):
     adapt(base, make_samples(), OPTIONS, tmp_path / "out")
     with pytest.raises(FastDLLMError, match="other settings"):

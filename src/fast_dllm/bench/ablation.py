@@ -99,14 +99,16 @@ def ablate(
     conversations = gather_conversations(None, tasks, task_items=task_items, held_out=options.eval_samples)
     data = render_conversations(tokenizer, conversations, max_length=options.max_length)
     questions = held_out_items(tasks, min(items, RESERVED_TEST_ITEMS), seed=0)
+    # Before any is trained: options that do not go with a variant are not to be refused hours later.
+    changed = [replace(options, **variant.changes) for variant in VARIANTS]
     outcomes = []
-    for variant in VARIANTS:
+    for variant, of_variant in zip(VARIANTS, changed, strict=True):
         right, parallel = [], []
         for seed in range(seeds):
             if on_run is not None:
                 on_run(variant.name, seed)
             target = out / f"{VARIANTS.index(variant) + 1}-seed-{seed}"
-            own = replace(options, **variant.changes, seed=seed)
+            own = replace(of_variant, seed=seed)
             generated = TaskItems(tuple(tasks), task_items)
             adapt(model, data.samples, own, target, held_out=data.held_out, generated=generated)
             share, tokens = _ask(BlockDiffusionLM.from_pretrained(target), questions)

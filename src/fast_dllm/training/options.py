@@ -126,6 +126,20 @@ class AdaptOptions(_FromMapping):
             f"ar_weight={self.ar_weight:g} needs context_attention='causal'",
         )
         _require(
+            self.token_shift or (self.objective == "diffusion" and self.ar_weight == 0),
+            "token_shift=False: an autoregressive loss (objective='ar', ar_weight above 0) would read the very token it "
+            "predicts; leave token_shift on",
+        )
+        _require(
             self.max_length % self.block_size == 0,
             f"max_length={self.max_length} must be a multiple of block_size={self.block_size}",
         )
+
+    @property
+    def hidden_share(self) -> float:
+        """Of the response tokens, how many the noisy views hide on average; 0 where there are no views."""
+        if self.objective == "ar":
+            return 0.0
+        if self.complementary:
+            return 1.0  # what one shows the other hides
+        return 0.5 if self.mask_ratio is None else self.mask_ratio
