@@ -203,6 +203,17 @@ def test_the_log_tells_where_the_loss_is(base, tmp_path):
     assert all(line["eval_tokens_per_forward"] > 0 for line in measured.values())
 
 
+@pytest.mark.parametrize("ratio", [None, 0.25, 1.0])
+@pytest.mark.parametrize("complementary", [False, True])
+def test_the_ar_weight_means_the_same_however_much_is_hidden(base, tmp_path, complementary, ratio):
+    options = replace(OPTIONS, steps=1, batch_size=96, context_attention="causal", ar_weight=10.0)
+    options = replace(options, complementary=complementary, mask_ratio=ratio)
+    adapt(base, make_samples(96), options, tmp_path / "out")
+    [step] = [json.loads(line) for line in (tmp_path / "out.run" / "log.jsonl").read_text().splitlines()][:1]
+    diffusion = step["loss_ar"]  # of random weights about the same
+    assert step["loss"] == pytest.approx(diffusion + 10 * step["loss_ar"], rel=0.1)
+
+
 def test_a_probe_counts_right_answers(base, tmp_path):
     probe = [ProbeItem([5, 6, 7], lambda answer: True), ProbeItem([8, 9], lambda answer: False)]
     adapt(base, make_samples(), replace(OPTIONS, steps=1), tmp_path / "out", held_out=make_samples(2), probe=probe)

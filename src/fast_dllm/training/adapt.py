@@ -168,7 +168,6 @@ def _make_trainer(
     evaluation: Evaluation | None,
     callbacks: Sequence[TrainerCallback],
 ) -> BlockDiffusionTrainer:
-    views = (2 if options.complementary else 1) if options.objective == "diffusion" else 0
     if evaluation is not None and options.eval_every:
         arguments.eval_strategy, arguments.eval_steps = IntervalStrategy.STEPS, options.eval_every
     trainer = BlockDiffusionTrainer(
@@ -177,10 +176,10 @@ def _make_trainer(
         train_dataset=rows,
         eval_dataset=None if evaluation is None else evaluation.rows,
         data_collator=_collator(config, options),
-        callbacks=[clock, *callbacks, Watchdog(1.0 + (options.ar_weight if views else 0.0))],
+        callbacks=[clock, *callbacks, Watchdog(1.0 + (options.ar_weight if options.hidden_share else 0.0))],
         block_size=config.block_size,
         ar_weight=options.ar_weight,
-        views=views,
+        hidden_share=options.hidden_share,
         clock=clock,
         evaluation=evaluation,
     )

@@ -180,8 +180,7 @@ def positions(options: AdaptOptions) -> tuple[int, int]:
     if options.objective == "ar":
         return length, length
     views = _views(options)
-    share = 0.5 if options.mask_ratio is None else options.mask_ratio
-    scored = length if options.complementary else int(length * share)
+    scored = int(length * options.hidden_share)
     if options.ar_weight:
         return (views + 1) * length, scored + length
     return (views + 1) * length - options.block_size, scored  # nobody sees the last clean block

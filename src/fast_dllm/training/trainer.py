@@ -126,7 +126,7 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
         *args: Any,
         block_size: int,
         ar_weight: float = 0.0,
-        views: int = 2,
+        hidden_share: float = 1.0,
         clock: RunClock,
         evaluation: Evaluation | None = None,
         **kwargs: Any,
@@ -137,7 +137,7 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
             *args: of transformers.Trainer.
             block_size: D, for the logs.
             ar_weight: weight of the AR loss beside the diffusion loss.
-            views: noisy views; 0 trains the AR loss alone.
+            hidden_share: of the response tokens, how many the views hide on average; 0 trains the AR loss alone.
             clock: counts tokens and time for the logs.
             evaluation: what `evaluate` measures.
             **kwargs: of transformers.Trainer.
@@ -147,9 +147,9 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
         self._clock = clock
         self._tally = Tally(block_size)
         self._evaluation = evaluation
-        # One view predicts half of the response tokens, on average; the AR loss then counts half as well, so that
-        # its weight means the same.
-        self._ar_weight = ar_weight * views / 2 if views else 1.0
+        # The loss is (diffusion sum + a * AR sum) / hidden tokens, and of n response tokens hidden_share * n are hidden.
+        # With a = ar_weight * hidden_share that is diffusion mean + ar_weight * AR mean, however much is hidden.
+        self._ar_weight = ar_weight * hidden_share if hidden_share else 1.0
 
     def compute_loss(
         self,
