@@ -14,8 +14,9 @@ from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.checkpoint import TaskItems, load_checkpoint
 from fast_dllm.config import DecodingConfig
 from fast_dllm.data.build import gather_conversations, render_conversations
-from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, held_out_items, is_correct
+from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, is_correct
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.evaluation.box import unseen_questions
 from fast_dllm.spread import spread
 from fast_dllm.training.adapt import adapt
 from fast_dllm.training.options import AdaptOptions
@@ -93,12 +94,14 @@ def ablate(
     Raises:
         FastDLLMError: as `adapt`.
     """
-    tokenizer = load_checkpoint(model).tokenizer
+    base, generated = load_checkpoint(model), TaskItems(tuple(tasks), task_items)
+    tokenizer, trained_on = base.tokenizer, (*base.trained_on, generated)
+    del base  # every run loads its own
     if tokenizer is None:
         raise FastDLLMError(f"{model}: has no tokenizer, so no question can be asked")
     conversations = gather_conversations(None, tasks, task_items=task_items, held_out=options.eval_samples)
     data = render_conversations(tokenizer, conversations, max_length=options.max_length)
-    questions = held_out_items(tasks, min(items, RESERVED_TEST_ITEMS), seed=0)
+    questions = unseen_questions(tasks, min(items, RESERVED_TEST_ITEMS), trained_on)
     # Before any is trained: options that do not go with a variant are not to be refused hours later.
     changed = [replace(options, **variant.changes) for variant in VARIANTS]
     outcomes = []
@@ -109,7 +112,6 @@ def ablate(
                 on_run(variant.name, seed)
             target = out / f"{VARIANTS.index(variant) + 1}-seed-{seed}"
             own = replace(of_variant, seed=seed)
-            generated = TaskItems(tuple(tasks), task_items)
             adapt(model, data.samples, own, target, held_out=data.held_out, generated=generated)
             share, tokens = _ask(BlockDiffusionLM.from_pretrained(target), questions)
             right.append(share)

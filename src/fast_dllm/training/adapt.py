@@ -243,8 +243,8 @@ def _training_arguments(run: Path, options: AdaptOptions) -> TrainingArguments:
         # A loss that is no number is to end the run, not to be left out of the log.
         logging_nan_inf_filter=False,
     )
-    # Without a launcher Trainer would use several GPUs by nn.DataParallel, which cuts every tensor along its first axis:
-    # of `tokens` and `read` that is not the batch.
+    # Without a launcher Trainer would use several GPUs by nn.DataParallel, which cuts every tensor along its first
+    # axis: of `tokens` and `read` that is not the batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
