@@ -154,6 +154,17 @@ def test_a_hub_name_is_loaded_with_its_subset_and_split(tmp_path, monkeypatch, s
     ]
 
 
+def test_a_hub_name_may_have_a_dot(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [source] = parse_sources("teknium/OpenHermes-2.5:2")
+    assert source == Source(source="teknium/OpenHermes-2.5", weight=2)
+    assert source.is_hub_name
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "there-2.5").touch()
+    for name in ("a.jsonl", "a.json", "a.PARQUET", "a.txt", "a.md", "there-2.5"):
+        assert not Source(source=f"data/{name}").is_hub_name, name
+
+
 def test_a_hub_data_set_that_does_not_come_is_one_line():
     pytest.importorskip("datasets")
     with pytest.raises(FastDLLMError, match=r"^owner/name: datasets cannot load it \(.*\)$"):

@@ -14,6 +14,7 @@ from fast_dllm.data.rows import CHAT_ROW, Content, check_object, content_of, jso
 from fast_dllm.errors import FastDLLMError
 
 _TEXT_SUFFIXES = (".txt", ".md")
+_SUFFIXES = (".jsonl", ".json", ".parquet", *_TEXT_SUFFIXES)
 _EXAMPLES = 5
 
 
@@ -58,7 +59,9 @@ class Source:
     def is_hub_name(self) -> bool:
         """Whether `source` can only be the name of a hub data set."""
         path = Path(self.source)
-        return not path.exists() and not path.suffix and len(path.parts) == 2 and not path.is_absolute()
+        # A dot alone makes no file: teknium/OpenHermes-2.5.
+        is_file = path.exists() or path.suffix.lower() in _SUFFIXES
+        return not is_file and len(path.parts) == 2 and not path.is_absolute()
 
 
 class BadRows:
@@ -225,7 +228,7 @@ def _from_mapping(values: Mapping[str, Any]) -> Source:
 def _open(source: Source, *, stream: bool) -> tuple[Callable[[Any], Content], Iterable[tuple[str, Any]]]:
     """How to read a row, and the rows with their places."""
     path = Path(source.source)
-    if source.is_hub_name or path.suffix == ".parquet":
+    if source.is_hub_name or path.suffix.lower() == ".parquet":
         return content_of, _loaded_rows(source, stream=stream)
     if path.suffix.lower() in _TEXT_SUFFIXES:
         return _as_text, _text_file(path)
