@@ -1,6 +1,7 @@
 """`adapt`: an autoregressive model and samples in, an adapted checkpoint out."""
 
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,22 +99,15 @@ def adapt(
     resume = run.last_save()
     arguments.eval_on_start = evaluation is not None and resume is None
     clock = RunClock(run.log, options.max_minutes)
-    if resume is not None and clock.is_out_of_time(TrainerState.load_from_json(str(resume / "trainer_state.json"))):
-        arguments.max_steps = step_of(resume)  # Trainer has no other way to load a save and train nothing
+    arguments.max_steps = _steps_in_all(options, resume, clock)
     rows = RunDataset(open_run(samples, checkpoint.config, options, per_update), arguments.max_steps * per_update)
     progress = None if console is None else (ProgressBar if console.is_terminal else ProgressLines)(console)
-    callbacks = [] if progress is None else [progress]
-    trainer = _make_trainer(model, arguments, rows, options, checkpoint.config, clock, evaluation, callbacks)
-    if is_sharded(trainer) and options.lora_rank:
-        raise FastDLLMError("a LoRA adapter is not sharded: launch it with recipes/ddp.yaml, or give --lora-rank 0")
+    trainer = _make_trainer(model, arguments, rows, options, checkpoint.config, clock, evaluation, progress)
     _read_up_to(0 if resume is None else step_of(resume) * per_update, rows, console)
-    try:
+    with nullcontext() if progress is None else closing(progress):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         seconds = round(clock.elapsed(), 1)
         before, after = _held_out_losses(trainer)
-    finally:
-        if progress is not None:
-            progress.close()
     result = AdaptResult(out, before, after, steps=trainer.state.global_step, seconds=seconds)
     _save(trainer, checkpoint, options, result)
     return result
@@ -166,7 +160,7 @@ def _make_trainer(
     config: BlockDiffusionConfig,
     clock: RunClock,
     evaluation: Evaluation | None,
-    callbacks: Sequence[TrainerCallback],
+    progress: TrainerCallback | None,
 ) -> BlockDiffusionTrainer:
     if evaluation is not None and options.eval_every:
         arguments.eval_strategy, arguments.eval_steps = IntervalStrategy.STEPS, options.eval_every
@@ -176,7 +170,11 @@ def _make_trainer(
         train_dataset=rows,
         eval_dataset=None if evaluation is None else evaluation.rows,
         data_collator=_collator(config, options),
-        callbacks=[clock, *callbacks, Watchdog(1.0 + (options.ar_weight if options.hidden_share else 0.0))],
+        callbacks=[
+            clock,
+            *([] if progress is None else [progress]),
+            Watchdog(1.0 + (options.ar_weight if options.hidden_share else 0.0)),
+        ],
         block_size=config.block_size,
         ar_weight=options.ar_weight,
         hidden_share=options.hidden_share,
@@ -184,6 +182,8 @@ def _make_trainer(
         evaluation=evaluation,
     )
     trainer.remove_callback(PrinterCallback)
+    if is_sharded(trainer) and options.lora_rank:
+        raise FastDLLMError("a LoRA adapter is not sharded: launch it with recipes/ddp.yaml, or give --lora-rank 0")
     return trainer
 
 
@@ -243,10 +243,18 @@ def _training_arguments(run: Path, options: AdaptOptions) -> TrainingArguments:
         # A loss that is no number is to end the run, not to be left out of the log.
         logging_nan_inf_filter=False,
     )
-    # Without a launcher Trainer would use several GPUs by nn.DataParallel, which cuts every tensor along its first
-    # axis: of `tokens` and `read` that is not the batch.
+    # Without a launcher Trainer would take all GPUs by nn.DataParallel, which cuts every tensor along its first axis;
+    # that of `tokens` and `read` is not the batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _steps_in_all(options: AdaptOptions, resume: Path | None, clock: RunClock) -> int:
+    """Updates to end with: those that were made, where a resumed run is out of time. Trainer then trains nothing."""
+    if resume is None:
+        return options.steps
+    save = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+    return step_of(resume) if clock.is_out_of_time(save) else options.steps
 
 
 def _read_up_to(place: int, rows: RunDataset, console: Console | None) -> None:

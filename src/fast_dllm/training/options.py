@@ -128,7 +128,7 @@ class AdaptOptions(_FromMapping):
         _require(
             self.token_shift or (self.objective == "diffusion" and self.ar_weight == 0),
             "token_shift=False: an autoregressive loss (objective='ar', ar_weight above 0) would read the very token "
-            "that it predicts; leave token_shift on",
+            "it predicts; leave token_shift on",
         )
         _require(
             self.max_length % self.block_size == 0,

@@ -147,8 +147,8 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
         self._clock = clock
         self._tally = Tally(block_size)
         self._evaluation = evaluation
-        # The loss is (diffusion sum + a * AR sum) / hidden tokens, and of n response tokens hidden_share * n are
-        # hidden. With a = ar_weight * hidden_share that is diffusion mean + ar_weight * AR mean, however many are.
+        # The loss is (diffusion sum + a * AR sum) / hidden tokens; of n response tokens hidden_share * n are hidden.
+        # With a = ar_weight * hidden_share that is diffusion mean + ar_weight * AR mean, however much is hidden.
         self._ar_weight = ar_weight * hidden_share if hidden_share else 1.0
 
     def compute_loss(
