@@ -263,16 +263,9 @@ def _block_forward(state: DecodeState) -> Forward:
 def _last_check(state: DecodeState) -> Forward:
     """Verify a draft of which at most one token is missing: the forward that checks it predicts that one too."""
     end = state.block_end - 1
-    drafted = _unchecked(state, state.block_end)
+    drafted, prefilled = _unchecked(state, state.block_end), _prefilled(state, end)
     return Forward(
-        ForwardKind.COMMIT,
-        state.committed,
-        end,
-        end,
-        end,
-        drafted,
-        certain=len(drafted),
-        prefilled=_prefilled(state, end),
+        ForwardKind.COMMIT, state.committed, end, end, end, drafted, certain=len(drafted), prefilled=prefilled
     )
 
 
