@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from fast_dllm.checkpoint import add_mask_token, load_checkpoint, save_adapter, save_checkpoint
+from fast_dllm.checkpoint.checkpoint import TRAINED_ON_KEY
 from fast_dllm.errors import FastDLLMError
 from tiny import tiny_model, tiny_tokenizer
 
@@ -91,6 +92,18 @@ def test_adapter_is_small_and_holds_no_embedding(tmp_path):
     save_adapter(model, tmp_path / "adapter", checkpoint=checkpoint)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 3000 * 32 * 4 / 4
     assert json.loads((tmp_path / "adapter" / "block_diffusion.json").read_text())["mask_token"] == "|<MASK>|"
+
+
+@pytest.mark.parametrize("file", ["adapter/block_diffusion.json", "whole/config.json"])
+@pytest.mark.parametrize("wrong", [7, ["gcd"], [{"tasks": ["gcd"]}], [{"tasks": ["gcd"], "items": "many"}]])
+def test_a_record_of_the_training_that_cannot_be_read_is_told(file, wrong, tmp_path):
+    checkpoint, model = train(make_base(tmp_path / "base", vocab_size=54))
+    save_adapter(model, tmp_path / "adapter", checkpoint=checkpoint)
+    save_checkpoint(load_checkpoint(tmp_path / "adapter"), tmp_path / "whole")
+    path = tmp_path / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), TRAINED_ON_KEY: wrong}))
+    with pytest.raises(FastDLLMError, match=f"{path.name}: {TRAINED_ON_KEY}: must be a list"):
+        load_checkpoint(path.parent)
 
 
 def test_adapter_with_a_whole_embedding_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from fast_dllm.errors import FastDLLMError
 # Where config.json holds the BlockDiffusionConfig.
 CONFIG_KEY = "block_diffusion"
 # Where config.json, or an adapter's record, says which generated questions a model knows.
-TRAINED_ON_KEY = "trained_on"
+TRAINED_ON_KEY = "block_diffusion_trained_on"
 # What an AR model is in the family of block diffusion models.
 AUTOREGRESSIVE = BlockDiffusionConfig(mask_token_id=None, block_size=1, context_attention="causal")
 
@@ -101,10 +101,10 @@ def read_config(values: Any, path: Path) -> BlockDiffusionConfig:
 
 
 def read_trained_on(values: Any, path: Path) -> tuple[TaskItems, ...]:
-    """The generated questions that a file's "trained_on" section names.
+    """The generated questions that a file says a model was trained on.
 
     Raises:
-        FastDLLMError: naming the file, for a section that says something else.
+        FastDLLMError: naming the file, where it says something else.
 
     """
     try:
