@@ -98,6 +98,19 @@ class BlockDiffusionConfig(_FromMapping):
         _require_choice("context_attention", self.context_attention, ContextAttention)
 
 
+@dataclass(frozen=True)
+class TaskItems:
+    """Generated questions that a model was trained on (`data.tasks.train_and_test`), so that nobody tests it on them.
+
+    Attributes:
+        tasks: names of the tasks.
+        items: how many, over all tasks.
+    """
+
+    tasks: tuple[str, ...]
+    items: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodingConfig(_FromMapping):
     """What one request asks of the decoder.

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.checkpoint import TaskItems, load_checkpoint
+from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.cli.app import main
+from fast_dllm.config import TaskItems
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, held_out_items, train_and_test
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.evaluation import run

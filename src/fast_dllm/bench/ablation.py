@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.checkpoint import TaskItems, load_checkpoint
-from fast_dllm.config import DecodingConfig
+from fast_dllm.checkpoint import load_checkpoint
+from fast_dllm.config import DecodingConfig, TaskItems
 from fast_dllm.data.build import gather_conversations, render_conversations
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, is_correct
 from fast_dllm.errors import FastDLLMError

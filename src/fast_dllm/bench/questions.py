@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast_dllm.bench.timing import WARM_UP
-from fast_dllm.checkpoint import TaskItems
+from fast_dllm.config import TaskItems
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, is_correct
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.evaluation.box import EASY_TASKS, unseen_questions

@@ -1,7 +1,7 @@
 """Checkpoints: loaded from wherever a model may be, given a mask token, saved."""
 
 from fast_dllm.checkpoint.adapter import is_gated
-from fast_dllm.checkpoint.checkpoint import AUTOREGRESSIVE, Checkpoint, TaskItems
+from fast_dllm.checkpoint.checkpoint import AUTOREGRESSIVE, Checkpoint
 from fast_dllm.checkpoint.gguf import smollm2_gguf
 from fast_dllm.checkpoint.load import load_adapter_base, load_checkpoint, load_tokenizer_of
 from fast_dllm.checkpoint.mask_token import add_mask_token, find_mask_token
@@ -10,7 +10,6 @@ from fast_dllm.checkpoint.save import save_adapter, save_checkpoint
 __all__ = [
     "AUTOREGRESSIVE",
     "Checkpoint",
-    "TaskItems",
     "add_mask_token",
     "find_mask_token",
     "is_gated",

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fast_dllm.config import BlockDiffusionConfig
+from fast_dllm.config import BlockDiffusionConfig, TaskItems
 from fast_dllm.errors import FastDLLMError
 
 # Where config.json holds the BlockDiffusionConfig.
@@ -17,19 +17,6 @@ CONFIG_KEY = "block_diffusion"
 TRAINED_ON_KEY = "block_diffusion_trained_on"
 # What an AR model is in the family of block diffusion models.
 AUTOREGRESSIVE = BlockDiffusionConfig(mask_token_id=None, block_size=1, context_attention="causal")
-
-
-@dataclass(frozen=True)
-class TaskItems:
-    """Generated questions that a model was trained on (`data.tasks.train_and_test`), so that nobody tests it on them.
-
-    Attributes:
-        tasks: names of the tasks.
-        items: how many, over all tasks.
-    """
-
-    tasks: tuple[str, ...]
-    items: int
 
 
 @dataclass(kw_only=True)

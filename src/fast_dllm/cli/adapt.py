@@ -84,8 +84,8 @@ def adapt(
 def _run(plan: Recipe, out: Path, console: "Console") -> None:
     options = plan.options
     with waiting("preparing the data"):
-        from fast_dllm.checkpoint import TaskItems
         from fast_dllm.checkpoint.directory import check_target
+        from fast_dllm.config import TaskItems
         from fast_dllm.training.adapt import adapt as train
 
         check_target(out)

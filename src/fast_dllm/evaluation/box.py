@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from functools import cache
 
-from fast_dllm.checkpoint import TaskItems
+from fast_dllm.config import TaskItems
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, held_out_items, make_items
 from fast_dllm.errors import FastDLLMError
 

@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.checkpoint import TaskItems
-from fast_dllm.config import CacheDtype, DecodingConfig
+from fast_dllm.config import CacheDtype, DecodingConfig, TaskItems
 from fast_dllm.data.tasks import TASKS
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.evaluation.benchmark import Benchmark, evaluate

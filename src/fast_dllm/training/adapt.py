@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 from transformers.trainer_utils import IntervalStrategy
 
-from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, TaskItems, add_mask_token, save_adapter, save_checkpoint
+from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, add_mask_token, save_adapter, save_checkpoint
 from fast_dllm.checkpoint.directory import check_target
-from fast_dllm.config import BlockDiffusionConfig
+from fast_dllm.config import BlockDiffusionConfig, TaskItems
 from fast_dllm.data.chat import Sample
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.callbacks import ProgressBar, ProgressLines, RunClock, Watchdog
