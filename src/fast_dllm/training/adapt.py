@@ -91,9 +91,7 @@ def adapt(
     check_target(out)
     data, samples = digest_of(samples)
     run.claim({"source": str(source), "data": data, "processes": arguments.world_size, **options.to_dict()})
-    model, checkpoint = _prepare(source, options)
-    if generated is not None and generated not in checkpoint.trained_on:
-        checkpoint.trained_on += (generated,)
+    model, checkpoint = _prepare(source, options, generated)
     per_update = options.batch_size * options.accumulation * arguments.world_size
     evaluation = _evaluation(held_out[: options.eval_samples], probe, checkpoint, options)
     resume = run.last_save()
@@ -187,12 +185,14 @@ def _make_trainer(
     return trainer
 
 
-def _prepare(source: str | Path, options: AdaptOptions) -> tuple[Any, Checkpoint]:
+def _prepare(source: str | Path, options: AdaptOptions, generated: TaskItems | None) -> tuple[Any, Checkpoint]:
     """The model to train, with its training forward, and the checkpoint it stems from."""
     torch.manual_seed(options.seed)
     # A frozen base needs no float32 master copy; weights that are trained do.
     dtype = torch.bfloat16 if options.lora_rank and options.dtype == "bfloat16" else torch.float32
     checkpoint, adapter = open_adapter(source, dtype, options)
+    if generated is not None and generated not in checkpoint.trained_on:
+        checkpoint.trained_on += (generated,)
     attention = "causal" if options.objective == "ar" else options.context_attention
     if checkpoint.config.mask_token_id is None and checkpoint.tokenizer is not None:
         add_mask_token(checkpoint, token=options.mask_token)
