@@ -134,6 +134,12 @@ def test_arithmetic_is_what_is_computed():
     assert products == pytest.approx(found - attention, rel=0.05)
 
 
+def test_rows_in_which_next_to_nothing_is_hidden_are_estimated():
+    _, config = model_of()
+    hardly = replace(OPTIONS, complementary=False, mask_ratio=1e-3)
+    assert 0 < estimate(config, hardly, Devices(GIB)).flops < estimate(config, OPTIONS, Devices(GIB)).flops
+
+
 def test_what_does_not_fit_is_refused_with_what_would():
     _, config = model_of()
     need = estimate(config, OPTIONS, Devices(GIB)).memory

@@ -141,11 +141,7 @@ class DecodeState:
         return self.settled_ids(self.prompt_length, self.settled)
 
     def stop_at(self, end: int) -> None:
-        """End the answer before a position: what is settled from there on is no part of it.
-
-        Args:
-            end: at most `settled`.
-        """
+        """End the answer before a position, at most `settled`: what is settled from there on is no part of it."""
         self.finish = "stop"
         self.settled = end
         self.statistics.new_tokens = end - self.prompt_length

@@ -70,8 +70,8 @@ class NativeBackbone:
             raise FastDLLMError(f"the native backbone cannot run this model: {why}; use backbone='hf'")
         self.attention: ContextAttention = attention
         self.max_length = max_length
-        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         shape = read_shape(model, model.dtype)
+        self.vocabulary = shape.vocabulary
         why_not = _why_not_own(model, shape, precision)
         if compile:
             why_not = "compiled, as asked"

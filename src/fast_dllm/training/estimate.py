@@ -248,7 +248,7 @@ def _flops(shape: _Shape, options: AdaptOptions) -> float:
     linear = 2.0 * shape.linear * shape.layers * (per_row + learning * (backward + again))
     seen = options.max_length / 2 + PIECE
     attention = 4.0 * shape.query * seen * shape.layers * (per_row + learning * (1 + 2.5 + again))
-    total = options.batch_size * scored
+    total = max(options.batch_size * scored, 1)
     last = (total - 1) % CHUNK + 1  # of the chunks of logits the only one that is not computed twice
     head = 2.0 * shape.hidden * shape.vocabulary * scored * (1 + (1 - last / total) + backward)
     return linear + attention + head
