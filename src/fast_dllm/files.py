@@ -28,7 +28,7 @@ def whole_file(path: Path) -> Iterator[TextIO]:
         else:
             descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
             # mkstemp's files are private.
-            os.chmod(name, 0o666 & ~_umask())  # noqa: PTH101
+            os.chmod(name, 0o666 & ~umask())  # noqa: PTH101
             file, temporary = open(descriptor, "w", encoding="utf-8"), Path(name)  # noqa: PTH123, SIM115
     except OSError as error:
         raise unwritable(path, error) from error
@@ -47,12 +47,27 @@ def whole_file(path: Path) -> Iterator[TextIO]:
             temporary.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, and the directories it is in, as `whole_file` does.
+
+    Raises:
+        FastDLLMError: when it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    with whole_file(path) as file:
+        file.write(text)
+
+
 def unwritable(path: Path, error: OSError) -> FastDLLMError:
     """What to say of a file that cannot be written."""
     return FastDLLMError(f"{path}: cannot be written ({error.strerror}); choose another place")
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The mode bits that new files do not get; temporary files of `tempfile` are private whatever it says."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -12,17 +12,19 @@ import torch
 from rich.console import Console
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.bench import BenchOptions, peers, run_bench
-from fast_dllm.bench.breakdown import PARTS
+from fast_dllm.bench import peers
 from fast_dllm.bench.findings import CHECKED_KEYS
 from fast_dllm.bench.llamacpp import LlamaCpp
+from fast_dllm.bench.options import BenchOptions
 from fast_dllm.bench.precision import agree
 from fast_dllm.bench.questions import ask_about
+from fast_dllm.bench.run import run_bench
 from fast_dllm.bench.setting import AR, block_settings, diffusion
 from fast_dllm.bench.throughput import ask, standing
 from fast_dllm.bench.timing import Timed
 from fast_dllm.cli import main
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.model.cpu_ops import PARTS
 from tiny import save_tiny, tiny_tokenizer
 
 STOP = 3
@@ -245,7 +247,7 @@ def test_tokens_are_counted_up_to_the_stop(adapted):
         assert found.rates == [sum(lengths) / 2.0]
 
 
-def test_questions_are_the_reserved_ones_and_the_seed_chooses(adapted):
+def test_questions_are_the_reserved_ones_and_the_seed_chooses():
     tokenizer = tiny_tokenizer()
     first, again, other = (ask_about(tokenizer, 5, seed=seed) for seed in (0, 0, 1))
     assert list(first.items) == list(again.items) != list(other.items)

@@ -8,7 +8,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from fast_dllm.bench import BenchOptions, machine, peers, run, run_bench
+from fast_dllm import machine
+from fast_dllm.bench import peaks, peers, run
+from fast_dllm.bench.options import BenchOptions
+from fast_dllm.bench.run import run_bench
 from fast_dllm.bench.setting import AR
 from fast_dllm.checkpoint.fingerprint import digest, fingerprint
 from fast_dllm.errors import FastDLLMError
@@ -16,7 +19,7 @@ from fast_dllm.training.lora import wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
 from tiny import save_tiny, tiny_model
 
-PEAKS = machine.Peaks(1, 25e9, {"float32": 50e9})
+PEAKS = peaks.Peaks(1, 25e9, {"float32": 50e9})
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +72,7 @@ def test_an_adapter_trained_further_is_told_from_what_it_was():
 def test_another_machine_or_library_is_another_run(options, monkeypatch, changed, message):
     measure(options, "first_token")
     here = machine.describe()
-    monkeypatch.setattr(run, "describe", lambda: {**here, **changed})
+    monkeypatch.setattr(machine, "describe", lambda: {**here, **changed})
     with pytest.raises(FastDLLMError, match=rf"is of another run \({message}"):
         measure(options, "first_token")
 
@@ -84,7 +87,7 @@ def test_a_file_that_knows_no_weights_is_of_another_run(options):
 
 def test_rooflines_of_one_file_rest_on_one_measurement(options, monkeypatch):
     first = measure(options, "first_token")
-    monkeypatch.setattr(run, "measure_peaks", lambda _: machine.Peaks(1, 1e9, {"float32": 1e9}))
+    monkeypatch.setattr(run, "measure_peaks", lambda _: peaks.Peaks(1, 1e9, {"float32": 1e9}))
     whole = measure(options, "first_token", "latency")
     assert whole["machine"] == first["machine"]
     for record in whole["forward_s"]:

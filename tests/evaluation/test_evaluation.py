@@ -96,6 +96,8 @@ def test_command_prints_and_writes_the_same_report(causal, tmp_path, capsys):
     assert list(report["ways"]) == [f"AR of {causal}", "AR", "verified 0.9", "diffusion 0.9"]
     assert set(report["ways"]["AR"]["tasks"]) == set(TASKS.split(","))
     assert report["ways"]["AR"]["over_baseline"]["value"] == 0
+    assert report["ways"]["AR"]["cut_answers"] == 4  # of six tokens, by random weights
+    assert {"date", "command", "machine", "max_batch"} <= report.keys()
 
 
 @pytest.mark.parametrize(

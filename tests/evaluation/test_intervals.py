@@ -31,22 +31,36 @@ def test_difference_of_pairs_is_the_difference_of_shares_and_changes_sign_with_i
     assert (forth.value, forth.low, forth.high) == pytest.approx((-back.value, -back.high, -back.low))
 
 
+def test_paired_interval_of_a_known_case():
+    """12 of 40 for one side only, 4 for the other: (13 - 5) / 42, and 1.96 sqrt((18/42 - (8/42)^2) / 42) either way."""
+    pairs = [(True, False)] * 12 + [(False, True)] * 4 + [(True, True)] * 14 + [(False, False)] * 10
+    interval = paired_difference(*zip(*pairs, strict=True))
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0.2, 0.0010, 0.3800), abs=5e-4)
+
+
 def test_a_few_equal_answers_do_not_say_that_all_are():
-    """None of 8 differs: Clopper and Pearson (1934) give a share of up to 0.369."""
-    interval = paired_difference([True] * 8, [True] * 8)
-    assert (interval.value, interval.low, interval.high) == pytest.approx((0, -0.369, 0.369), abs=5e-4)
-    assert paired_difference([True] * 500, [True] * 500).high < 0.01
+    few, many = (paired_difference([True] * count, [True] * count) for count in (8, 500))
+    assert (few.value, few.low, few.high) == pytest.approx((0, -0.277, 0.277), abs=5e-4)
+    assert many.high < 0.01
+
+
+def test_one_pair_that_differs_says_no_less_than_none():
+    none = paired_difference([True] * 500, [True] * 500)
+    one = paired_difference([True] * 500, [True] * 499 + [False])
+    assert one.high > none.high
+    assert one.high - one.low > none.high - none.low
 
 
 def test_an_outcome_is_no_better_than_itself():
-    outcome = Outcome(["a"] * 3, [True, False, True], [Statistics()] * 3)
+    outcome = Outcome(["a"] * 3, [True, False, True], [Statistics()] * 3, [False] * 3)
     assert outcome.over(outcome) == Interval(0, 0, 0)
     assert outcome.over(replace(outcome)).high > 0
 
 
 def test_one_pair_says_nothing_of_the_others():
     interval = paired_difference([True], [False])
-    assert (interval.value, interval.low, interval.high) == (1, -1, 1)
+    assert (interval.value, interval.high) == (1, 1)
+    assert interval.low < -0.5
 
 
 def test_pairing_narrows_the_interval_of_answers_that_go_together():

@@ -14,9 +14,10 @@ from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.config import DecodingConfig, TaskItems
 from fast_dllm.data.build import gather_conversations, render_conversations
-from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, is_correct
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.evaluation.box import unseen_questions
+from fast_dllm.evaluation.outcome import Outcome
+from fast_dllm.evaluation.procedural import ProceduralBenchmark
 from fast_dllm.spread import spread
 from fast_dllm.training.adapt import adapt
 from fast_dllm.training.options import AdaptOptions
@@ -37,16 +38,17 @@ class Variant:
     published: float | None = None
 
 
+# Packed, since in a row of its own no sample shares a block with another, padded or not.
 VARIANTS = (
-    Variant("naive token shift", {"pad_to_block": False, "complementary": False}, 41.3),
-    Variant("+ padding to blocks", {"pad_to_block": True, "complementary": False}, 42.2),
-    Variant("+ complementary masks", {"pad_to_block": True, "complementary": True}, 45.0),
-    Variant("causal context, AR loss beside", {"context_attention": "causal", "ar_weight": 0.5}),
+    Variant("naive token shift", {"pack": True, "pad_to_block": False, "complementary": False}, 41.3),
+    Variant("+ padding to blocks", {"pack": True, "pad_to_block": True, "complementary": False}, 42.2),
+    Variant("+ complementary masks", {"pack": True, "pad_to_block": True, "complementary": True}, 45.0),
+    Variant("causal context, AR loss beside", {"pack": True, "context_attention": "causal", "ar_weight": 0.5}),
 )
 
 
 @dataclass(frozen=True)
-class Outcome:
+class VariantOutcome:
     """What became of a variant.
 
     Attributes:
@@ -78,7 +80,7 @@ def ablate(
     items: int = 50,
     task_items: int = 2000,
     on_run: Callable[[str, int], None] | None = None,
-) -> list[Outcome]:
+) -> list[VariantOutcome]:
     """Train every variant with every seed, and ask held-out questions. Runs that are done are not trained again.
 
     Args:
@@ -101,7 +103,7 @@ def ablate(
         raise FastDLLMError(f"{model}: has no tokenizer, so no question can be asked")
     conversations = gather_conversations(None, tasks, task_items=task_items, held_out=options.eval_samples)
     data = render_conversations(tokenizer, conversations, max_length=options.max_length)
-    questions = unseen_questions(tasks, min(items, RESERVED_TEST_ITEMS), trained_on)
+    questions = ProceduralBenchmark(unseen_questions(tasks, items, trained_on))
     # Before any is trained: options that do not go with a variant are not to be refused hours later.
     changed = [replace(options, **variant.changes) for variant in VARIANTS]
     outcomes = []
@@ -116,18 +118,15 @@ def ablate(
             share, tokens = _ask(BlockDiffusionLM.from_pretrained(target), questions)
             right.append(share)
             parallel.append(tokens)
-        outcomes.append(Outcome(variant.name, variant.published, right, parallel))
+        outcomes.append(VariantOutcome(variant.name, variant.published, right, parallel))
     return outcomes
 
 
-def _ask(lm: BlockDiffusionLM, questions: Sequence[Item]) -> tuple[float, float]:
+def _ask(lm: BlockDiffusionLM, questions: ProceduralBenchmark) -> tuple[float, float]:
     """Share of right answers at one token per forward, and tokens per forward at threshold 0.9."""
-    prompts = [item.messages()[:-1] for item in questions]
-    # A causal model verifies unless told not to, which would measure its autoregressive half.
-    one_by_one = DecodingConfig(policy="sequential", max_new_tokens=128, verify=False)
-    replies = lm.answers(prompts, one_by_one)
-    right = [is_correct(item, reply.text) for item, reply in zip(questions, replies, strict=True)]
-    many = DecodingConfig(threshold=0.9, max_new_tokens=128, verify=False)
-    fast = [reply.statistics for reply in lm.answers(prompts, many)]
-    total = sum(fast[1:], start=fast[0])
-    return sum(right) / len(right), total.tokens_per_forward
+
+    def ask(**settings: Any) -> Outcome:
+        # A causal model verifies unless told not to, which would measure its autoregressive half.
+        return questions.ask(lm, DecodingConfig(verify=False, **settings), max_batch=32, advance=lambda: None)
+
+    return ask(policy="sequential").accuracy().value, ask(threshold=0.9).total.tokens_per_forward

@@ -9,11 +9,11 @@ from rich.progress import Progress
 
 from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.bench.findings import Findings
-from fast_dllm.bench.machine import Peaks
 from fast_dllm.bench.options import BenchOptions, Plan
+from fast_dllm.bench.peaks import Peaks
 from fast_dllm.bench.questions import Questions
 from fast_dllm.bench.timing import PAUSE_S, Key, Result, Timed, alternate
-from fast_dllm.demo.live import progress_columns
+from fast_dllm.progress import progress_columns
 
 Part = tuple[str, Callable[[], None]]
 """A name, and what it measures in some minutes: a long run goes on with the next one that it has not done."""

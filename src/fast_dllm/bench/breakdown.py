@@ -8,9 +8,8 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from fast_dllm.model.cpu_ops import kernel_seconds
+from fast_dllm.model.cpu_ops import PARTS, kernel_seconds
 
-PARTS = ("linear", "attention", "head", "rest")
 # Parts of torch's operator names. Asked in this order: attention of some models is made of matrix products in bmm.
 _ATTENTION = ("scaled_dot_product", "flash_attention", "softmax", "bmm")
 _LINEAR = ("linear", "addmm", "aten::mm", "matmul", "gemm", "_int_mm")

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fast_dllm.bench.breakdown import PARTS
 from fast_dllm.bench.findings import BenchResult, Findings, Record
 from fast_dllm.bench.report import way
-from fast_dllm.errors import FastDLLMError
+from fast_dllm.files import unwritable
+from fast_dllm.model.cpu_ops import PARTS
 
 _SIZE_INCHES = (8.0, 4.8)
 _DPI = 130
@@ -46,7 +46,7 @@ def _save(figure: Any, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=_DPI)
     except OSError as error:
-        raise FastDLLMError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise unwritable(path, error) from error
     return path
 
 

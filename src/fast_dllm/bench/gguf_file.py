@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from fast_dllm.checkpoint import smollm2_gguf
 from fast_dllm.checkpoint.load import IN_THE_BOX, SMOLLM2_BASE
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.files import unwritable
 
 _F16 = 1  # general.file_type
 # Linear layers of a llama block: GGUF's name, ours, and whose heads its rows are.
@@ -70,7 +71,7 @@ def write_f16(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     except OSError as error:
-        raise FastDLLMError(f"{path}: cannot be written ({error.strerror})") from error
+        raise unwritable(path, error) from error
     finally:
         writer.close()
 

@@ -33,7 +33,7 @@ def measure_linears(bench: Bench) -> None:
     Args:
         bench: gets `linears_s`, in seconds for all layers together, by `kernel` and `positions`; and
             `linears_over_ours`, the same over our kernel's, paired. All are given float32, and round it as they
-            need to; ours also normalises it (RMSNorm), which its call cannot leave out.
+            need to.
     """
     lm = next(iter(bench.models.values()))
     if not isinstance(lm.backbone, NativeBackbone) or lm.backbone.device.type != "cpu":
@@ -89,8 +89,8 @@ def _ours(backbone: NativeBackbone) -> MakeLinear:
     ops = CpuOps(replace(backbone.shape, dtype=torch.float32), backbone.attention, int8=True)
 
     def make(layer: nn.Linear) -> Linear:
-        packed, norm = ops.make_linear(layer.weight, None), torch.ones(layer.in_features)
-        return lambda inputs: ops.linear(packed, inputs, norm)
+        packed = ops.make_linear(layer.weight, None)
+        return lambda inputs: ops.linear(packed, inputs, None)
 
     return make
 

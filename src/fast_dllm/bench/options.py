@@ -98,6 +98,7 @@ class BenchOptions:
 
     Attributes:
         model: as for `BlockDiffusionLM.from_pretrained`.
+        base: as there.
         full: the full preset instead of the small one.
         tables: names in `TABLES`.
         out: directory of bench.json and the figures.
@@ -114,6 +115,7 @@ class BenchOptions:
     """
 
     model: str = "smollm2"
+    base: str | None = None
     full: bool = False
     tables: Sequence[str] = TABLES
     out: Path = Path("runs/bench")

@@ -56,7 +56,7 @@ def measure_precision(bench: Bench) -> None:
 def _reference(bench: Bench) -> BlockDiffusionLM:
     if _REFERENCE in bench.models:
         return bench.models[_REFERENCE]
-    return BlockDiffusionLM.from_pretrained(bench.options.model, dtype=_REFERENCE)
+    return BlockDiffusionLM.from_pretrained(bench.options.model, dtype=_REFERENCE, base=bench.options.base)
 
 
 def _contestants(bench: Bench) -> Iterator[tuple[str, BlockDiffusionLM]]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fast_dllm.bench.findings import BenchResult, Record
-from fast_dllm.demo.live import write_whole
+from fast_dllm.files import write_whole
 
 Column = tuple[str, Callable[[Record], str]]
 

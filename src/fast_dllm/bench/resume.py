@@ -9,7 +9,7 @@ from fast_dllm.bench.findings import Findings
 from fast_dllm.errors import FastDLLMError
 
 # Options that choose what is measured now, not how.
-_FREE = ("tables", "out", "resume")
+_FREE = ("tables", "out", "resume", "base")
 
 
 def take_over(about: dict[str, Any], findings: Findings, out: Path) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fast_dllm.bench.machine import Peaks
+from fast_dllm.bench.peaks import Peaks
 from fast_dllm.cache import KVCache
 from fast_dllm.gated_lora import is_of_adapter
 

@@ -1,10 +1,7 @@
 """`run_bench`: load, measure table by table, print, write."""
 
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,8 @@ from fast_dllm.bench.first_token import measure_first_token
 from fast_dllm.bench.growth import growth_parts
 from fast_dllm.bench.latency import latency_parts
 from fast_dllm.bench.linears import measure_linears
-from fast_dllm.bench.machine import Peaks, describe, measure_peaks
 from fast_dllm.bench.options import BenchOptions, Plan
+from fast_dllm.bench.peaks import Peaks, measure_peaks
 from fast_dllm.bench.peers import measure_peers
 from fast_dllm.bench.precision import measure_precision
 from fast_dllm.bench.questions import ask_about
@@ -28,8 +25,10 @@ from fast_dllm.bench.report import write_json
 from fast_dllm.bench.resume import take_over
 from fast_dllm.bench.throughput import throughput_parts
 from fast_dllm.checkpoint.fingerprint import digest
-from fast_dllm.demo.live import busy
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.files import unwritable
+from fast_dllm.machine import provenance
+from fast_dllm.progress import busy
 
 
 def run_bench(options: BenchOptions, *, screen: Console | None = None) -> BenchResult:
@@ -88,7 +87,7 @@ def _open(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FastDLLMError(f"{out}: cannot be written ({error.strerror}); choose another place") from error
+        raise unwritable(out, error) from error
 
 
 def _load(options: BenchOptions, dtypes: Sequence[str], findings: Findings) -> dict[str, BlockDiffusionLM]:
@@ -97,7 +96,7 @@ def _load(options: BenchOptions, dtypes: Sequence[str], findings: Findings) -> d
     for dtype in dtypes:
         try:
             models[dtype] = BlockDiffusionLM.from_pretrained(
-                options.model, dtype=dtype, cache_dtype=options.cache_dtype
+                options.model, dtype=dtype, cache_dtype=options.cache_dtype, base=options.base
             )
         except FastDLLMError as error:
             last = error
@@ -143,8 +142,7 @@ def _measure(bench: Bench, seconds: dict[str, float]) -> Iterator[None]:
 def _about(options: BenchOptions, plan: Plan, models: Mapping[str, BlockDiffusionLM]) -> dict[str, Any]:
     lm = next(iter(models.values()))
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **provenance(),
         "model": {
             "name": options.model,
             "origin": lm.checkpoint.origin,
@@ -156,7 +154,6 @@ def _about(options: BenchOptions, plan: Plan, models: Mapping[str, BlockDiffusio
         },
         "options": options.to_dict(),
         "plan": _plain(plan),
-        "machine": {**describe(), "threads": torch.get_num_threads()},
         "part_seconds": {},
     }
 

@@ -10,6 +10,7 @@ from fast_dllm.bench.bench import Bench, Part
 from fast_dllm.bench.questions import Questions
 from fast_dllm.bench.setting import AR, Setting, can_diffuse, can_go_one_by_one, settings_for
 from fast_dllm.bench.timing import WARM_UP, WARM_UP_TOKENS, Timed, paired_ratios
+from fast_dllm.decoding.events import Statistics
 from fast_dllm.generation import GenerateResult
 
 Contestant = tuple[str, Setting]
@@ -97,7 +98,7 @@ def standing(rounds: Rounds, questions: Questions, batch: int) -> Standing:
     for repetition, timed in enumerate(rounds):
         for number, answer in zip(questions.chunk(repetition, batch), timed.result.answers, strict=True):
             right.setdefault(number, questions.is_right(number, answer))
-    total = sum(totals[1:], start=totals[0])
+    total = sum(totals, start=Statistics())
     return Standing(
         rates=[total.new_tokens / timed.seconds for total, timed in zip(totals, rounds, strict=True)],
         accuracy=sum(right.values()) / len(right),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fast_dllm.checkpoint.checkpoint import CONFIG_KEY
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.files import umask, unwritable
 
 BLOCK_DIFFUSION_FILE = "block_diffusion.json"
 
@@ -30,9 +31,9 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise FastDLLMError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
+        raise unwritable(target, error) from error
     try:
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's directories are private
+        temporary.chmod(0o777 & ~umask())  # mkdtemp's directories are private
         yield temporary
         _take_place(temporary, target)
     except OSError as error:
@@ -83,9 +84,3 @@ def _take_place(temporary: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -8,9 +8,10 @@ import typer
 
 from fast_dllm.cli.options import given, takes
 from fast_dllm.cli.recipe import split_tasks
+from fast_dllm.files import write_whole
 from fast_dllm.training.options import AdaptOptions
 
-_VARIED = ("seed", "pad_to_block", "complementary", "context_attention", "ar_weight", "objective")
+_VARIED = ("seed", "pack", "pad_to_block", "complementary", "context_attention", "ar_weight", "objective")
 _OF_DATA = ("stream", "shuffle_buffer")
 
 
@@ -31,11 +32,12 @@ def ablate(
 ) -> None:
     """Train with and without padding to blocks, complementary masks, and causal context, over several seeds.
 
-    Prints the share of right answers beside the published one of the 1.5B model, and JSON on the last line. A run that
-    was interrupted goes on; one that is done is not trained again.
+    Prints the share of right answers beside the published one of the 1.5B model, and JSON on the last line (also in
+    DIR/ablation.json). A run that was interrupted goes on; one that is done is not trained again.
     """
-    options = AdaptOptions(**given(settings))
+    options, tasks = AdaptOptions(**given(settings)), split_tasks(task)
     from fast_dllm.bench.ablation import ablate as train_all
+    from fast_dllm.machine import provenance
 
     def tell(name: str, seed: int) -> None:
         typer.echo(f"{name}, seed {seed}", err=True)
@@ -43,7 +45,7 @@ def ablate(
     outcomes = [
         outcome.to_dict()
         for outcome in train_all(
-            model, split_tasks(task), options, out, seeds=seeds, items=items, task_items=task_items, on_run=tell
+            model, tasks, options, out, seeds=seeds, items=items, task_items=task_items, on_run=tell
         )
     ]
     typer.echo(
@@ -55,4 +57,7 @@ def ablate(
         published = "-" if found["published"] is None else f"{found['published']:.1f}%"
         tokens = sum(found["tokens_per_forward"]) / len(found["tokens_per_forward"])
         typer.echo(f"{found['name']:<32} {found['mean']:>12.1%} {middle:>24} {published:>10} {tokens:>15.2f}")
-    print(json.dumps({"options": options.to_dict(), "outcomes": outcomes}))
+    asked = {"model": model, "tasks": tasks, "task_items": task_items, "questions": items}
+    report = json.dumps({**provenance(), **asked, "options": options.to_dict(), "outcomes": outcomes})
+    write_whole(out / "ablation.json", report + "\n")
+    print(report)

@@ -6,19 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from fast_dllm.cli.options import CacheDtypeOption, ModelArgument, listed
+from fast_dllm.bench.options import DTYPES, TABLES, BenchOptions
+from fast_dllm.cli.options import BaseOption, CacheDtypeOption, ModelArgument, listed
 
 
 def bench(
     model: ModelArgument = "smollm2",
     *,
-    full: Annotated[bool, typer.Option("--full", help="All sizes, thresholds and dtypes: an hour or more.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All sizes, thresholds and dtypes: hours.")] = False,
     tables: Annotated[
         str | None,
         typer.Option(
             "--tables",
             metavar="NAMES",
-            help="Of throughput,latency,first_token,peers,growth,precision,linears; all by default.",
+            help=f"Of {','.join(TABLES)}; all by default.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where bench.json and the figures go.")] = Path(
@@ -30,10 +31,9 @@ def bench(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what DIR has of the same run, and measure the rest.")
     ] = False,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", metavar="NAMES", help="Of float32,bfloat16,float16,int8.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", metavar="NAMES", help=f"Of {','.join(DTYPES)}.")] = None,
     cache_dtype: CacheDtypeOption = None,
+    base: BaseOption = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads of every contestant.")] = None,
     items: Annotated[int | None, typer.Option("--items", help="Held-out questions to ask.")] = None,
     batch: Annotated[
@@ -53,10 +53,9 @@ def bench(
     chosen: dict[str, Any] = {} if tables is None else {"tables": listed("tables", tables, str)}
     from rich.console import Console
 
-    from fast_dllm.bench.options import BenchOptions
-
     options = BenchOptions(
         model=model,
+        base=base,
         full=full,
         out=out,
         usual_way=usual_way,

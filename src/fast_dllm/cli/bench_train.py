@@ -1,11 +1,14 @@
 """`fast-dllm bench-train`: our training step beside a plain one."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fast_dllm.cli.options import listed
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.files import whole_file
 
 
 def bench_train(
@@ -20,20 +23,18 @@ def bench_train(
         float, typer.Option("--answer-share", min=0.05, max=1.0, help="Share of a row that is answer.")
     ] = 1.0,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON object here too.")] = None,
 ) -> None:
     """Measure a training step at SmolLM2-135M's shape against a straightforward one.
 
     That one runs two views, each [noisy | clean], under one dense mask, and computes the logits of all positions. Data
     tokens a second and peak memory, each in a process of its own. Prints a table, and one JSON object on the last line.
     """
-    try:
-        sizes = [int(part) for part in lengths.split(",")]
-    except ValueError:
-        sizes = []
+    sizes = listed("lengths", lengths, int)
     if not sizes or any(size < 32 or size % 32 for size in sizes):
         raise FastDLLMError(f"--lengths {lengths}: must be multiples of 32 with commas between them")
-    from fast_dllm.bench.machine import describe
     from fast_dllm.bench.training import measure_training
+    from fast_dllm.machine import provenance
 
     findings = measure_training(
         sizes, rounds=rounds, steps=steps, lora_rank=lora_rank, answer_share=answer_share, threads=threads
@@ -47,4 +48,8 @@ def bench_train(
             shown = f"{paired['value']:.2f} ({low:.2f} to {high:.2f})"
             name = "tokens/s" if scale == 1.0 else "peak GB"
             typer.echo(f"{length:>6}  {name:<14} {ours:>10.2f} {plain:>10.2f} {shown:>32}")
-    print(json.dumps({"machine": describe(), **findings.records}))
+    report = json.dumps({**provenance(), **findings.records})
+    if out is not None:
+        with whole_file(out) as file:
+            file.write(report + "\n")
+    print(report)

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fast_dllm.cli.options import CacheDtypeOption, DtypeOption, ModelArgument, listed
+from fast_dllm.cli.options import BaseOption, CacheDtypeOption, DtypeOption, ModelArgument, listed
 from fast_dllm.cli.recipe import split_tasks
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.files import whole_file
 
 
 def evaluate(
@@ -35,9 +34,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    threshold: Annotated[
-        str, typer.Option("--threshold", metavar="NUMBERS", help="Of block diffusion.")
-    ] = "0.5,0.6,0.7,0.8,0.9,1.0",
+    threshold: Annotated[str, typer.Option("--threshold", metavar="NUMBERS", help="Of block diffusion.")] = "0.7,0.9",
     verify: Annotated[
         bool | None,
         typer.Option(
@@ -67,6 +64,7 @@ def evaluate(
     ] = None,
     dtype: DtypeOption = None,
     cache_dtype: CacheDtypeOption = None,
+    base: BaseOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions answered at once.")] = 16,
     max_new_tokens: Annotated[
         int | None,
@@ -77,7 +75,10 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the report as JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the report as JSON, after every way that is done."),
+    ] = None,
 ) -> None:
     """Ask a model questions, and count.
 
@@ -105,11 +106,10 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         few_shot=few_shot,
         benchmark_data=files,
+        base=base,
+        out=out,
         console=console,
     )
-    if out is not None:
-        with whole_file(out) as file:
-            file.write(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.config import DecodingConfig
 from fast_dllm.data.tasks import Item, is_correct
-from fast_dllm.demo.live import progress_columns
+from fast_dllm.progress import progress_columns
 from fast_dllm.spread import spread
 from fast_dllm.text import ChatText
 

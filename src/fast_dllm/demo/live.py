@@ -1,53 +1,24 @@
 """The live part: adapt an autoregressive model to block diffusion for a few minutes."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.checkpoint.load import SMOLLM2_BASE
 from fast_dllm.data.chat import Sample, render_chat
 from fast_dllm.data.tasks import Item
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.files import write_whole
+from fast_dllm.progress import busy
 from fast_dllm.training.adapt import AdaptResult, adapt
 from fast_dllm.training.options import AdaptOptions
 
 # A special token that SmolLM2's chat model never uses, so that its embedding keeps its size.
 _SMOLLM2_MASK = "<reponame>"
-
-
-@contextmanager
-def busy(console: Console, what: str) -> Iterator[None]:
-    """A spinner with the time spent, while something runs whose end is not known."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        progress.add_task(what, total=None)
-        yield
-
-
-def progress_columns() -> tuple[ProgressColumn, ...]:
-    """What, how many of how many, and the time spent and left."""
-    return (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
 
 
 def live_options(base: str, minutes: float) -> AdaptOptions:
@@ -145,18 +116,3 @@ def _outcome(result: AdaptResult, log_path: Path) -> dict[str, Any]:
         "response_tokens": sum(entry["response_tokens"] or 0 for entry in log),
         "log": log,
     }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it.
-
-    Raises:
-        FastDLLMError: when it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise FastDLLMError(f"{path}: cannot be written ({error.strerror}); choose another place") from error

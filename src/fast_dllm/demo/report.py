@@ -7,8 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from fast_dllm.demo.live import write_whole
 from fast_dllm.demo.picture import loss_chart, reveal_picture
+from fast_dllm.files import write_whole
 
 
 def write_report(report: dict[str, Any], out: Path) -> Path:

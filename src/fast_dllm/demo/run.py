@@ -1,20 +1,19 @@
 """`run_demo`: adapt live, answer side by side, write the report."""
 
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, make_items
 from fast_dllm.demo.compare import DECODING, compare, print_totals, totals
-from fast_dllm.demo.live import adapt_live, busy
+from fast_dllm.demo.live import adapt_live
 from fast_dllm.demo.report import write_report
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.evaluation.box import EASY_TASKS, unseen_questions
+from fast_dllm.machine import provenance
+from fast_dllm.progress import busy
 
 _LIVE_TRAINING = 2000
 
@@ -70,7 +69,7 @@ def run_demo(
     report = {
         **totals(pairs),
         "settings": _settings(answering),
-        "versions": _versions(),
+        **provenance(),
         "live_adaptation": live,
         "questions": [pair.to_dict() for pair in pairs],
         "model": answering.checkpoint.origin,
@@ -107,26 +106,6 @@ def _settings(model: BlockDiffusionLM) -> dict[str, Any]:
             for mode, decoding in DECODING.items()
         },
         "block_size": model.config.block_size,
-        "threads": torch.get_num_threads(),
         "device": str(model.checkpoint.model.device),
         "dtype": str(model.checkpoint.model.dtype).removeprefix("torch."),
     }
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "fast_dllm": version("fast-dllm"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "cpu": _cpu_name(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

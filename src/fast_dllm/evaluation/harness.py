@@ -26,6 +26,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     Attributes:
         lm: the model.
         statistics: of what was decoded, by (task, number of the question in it).
+        cut: such questions, of which an answer reached its limit.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.lm = lm
         self.tokenizer: Any = lm.tokenizer
         self.statistics: dict[tuple[str, int], Statistics] = defaultdict(Statistics)
+        self.cut: set[tuple[str, int]] = set()
         self._text = ChatText(lm.tokenizer)
         self._decoding = DecodingConfig() if decoding is None else decoding
         self._max_new_tokens = max_new_tokens
@@ -111,6 +113,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             if question not in self.statistics:  # some tasks ask a question several times
                 self._advance()
             self.statistics[question] += reply.statistics
+            if reply.finish == "length":
+                self.cut.add(question)
             texts.append(reply.text)
         return texts
 

@@ -91,6 +91,7 @@ class HarnessBenchmark:
             tasks=[self.name] * len(judged),
             right=list(judged.values()),
             statistics=[model.statistics[self.name, number] for number in judged],
+            cut=[(self.name, number) in model.cut for number in judged],
             metrics={self.name: _metrics(results["results"][self.name], first=f"{metric},{judge}")},
         )
 

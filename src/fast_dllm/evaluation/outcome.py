@@ -16,12 +16,14 @@ class Outcome:
         tasks: per question, the task that it belongs to.
         right: per question, whether its answer is right.
         statistics: per question, of its decoding.
+        cut: per question, whether its answer reached the limit of new tokens; nothing of it may have been scored.
         metrics: by task, what a benchmark's own scorers say; the first says the same as `right`.
     """
 
     tasks: Sequence[str]
     right: Sequence[bool]
     statistics: Sequence[Statistics]
+    cut: Sequence[bool]
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
@@ -32,7 +34,8 @@ class Outcome:
     def of(self, task: str) -> "Outcome":
         """The questions of one task."""
         kept = [i for i, name in enumerate(self.tasks) if name == task]
-        return Outcome([task] * len(kept), [self.right[i] for i in kept], [self.statistics[i] for i in kept])
+        right, statistics = [self.right[i] for i in kept], [self.statistics[i] for i in kept]
+        return Outcome([task] * len(kept), right, statistics, [self.cut[i] for i in kept])
 
     def accuracy(self) -> Interval:
         """Share of right answers."""
@@ -55,5 +58,6 @@ class Outcome:
             [task for outcome in outcomes for task in outcome.tasks],
             [right for outcome in outcomes for right in outcome.right],
             [statistics for outcome in outcomes for statistics in outcome.statistics],
+            [cut for outcome in outcomes for cut in outcome.cut],
             {task: metrics for outcome in outcomes for task, metrics in outcome.metrics.items()},
         )

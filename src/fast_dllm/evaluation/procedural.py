@@ -45,9 +45,10 @@ class ProceduralBenchmark:
         """Ask every question (see `Benchmark.ask`)."""
         prompts = [item.messages()[:1] for item in self.items]
         decoding = replace(decoding, max_new_tokens=self.max_new_tokens)
-        right, statistics = [], []
+        right, statistics, cut = [], [], []
         for item, reply in zip(self.items, lm.answers(prompts, decoding, max_batch=max_batch), strict=True):
             right.append(is_correct(item, reply.text))
             statistics.append(reply.statistics)
+            cut.append(reply.finish == "length")
             advance()
-        return Outcome([item.task for item in self.items], right, statistics)
+        return Outcome([item.task for item in self.items], right, statistics, cut)

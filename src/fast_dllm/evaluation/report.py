@@ -39,6 +39,7 @@ def _numbers(outcome: Outcome, baseline: Outcome) -> dict[str, Any]:
         "over_baseline": asdict(outcome.over(baseline)),
         "tokens_per_forward": outcome.total.tokens_per_forward,
         "new_tokens": outcome.total.new_tokens,
+        "cut_answers": sum(outcome.cut),
     }
 
 
@@ -83,10 +84,13 @@ def _table(title: str, ways: Mapping[str, Any], columns: Mapping[str, Mapping[st
         ways: numbers by way.
         columns: further columns by way, the same for each.
     """
-    table = Table(title=f"{title}; right in % (95% interval), tokens per forward")
+    table = Table(
+        title=f"{title}; right in % (95% interval), tokens per forward",
+        caption="cut: answers that reached their limit of tokens",
+    )
     table.add_column("")
     further = [name.replace("_", "\n").replace(",", "\n") for name in next(iter(columns.values()))]
-    for name in ("right", "over AR, paired", "tokens/\nforward", "tokens", *further):
+    for name in ("right", "over AR, paired", "tokens/\nforward", "tokens", "cut", *further):
         table.add_column(name, justify="right")
     for name, numbers in ways.items():
         table.add_row(
@@ -95,6 +99,7 @@ def _table(title: str, ways: Mapping[str, Any], columns: Mapping[str, Mapping[st
             _percent(numbers["over_baseline"], signed=True),
             f"{numbers['tokens_per_forward']:.2f}",
             str(numbers["new_tokens"]),
+            str(numbers["cut_answers"]),
             *columns[name].values(),
         )
     return table

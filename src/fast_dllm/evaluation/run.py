@@ -1,11 +1,12 @@
 """`fast-dllm eval` as a Python call."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.config import CacheDtype, DecodingConfig, TaskItems
@@ -18,6 +19,9 @@ from fast_dllm.evaluation.outcome import Outcome
 from fast_dllm.evaluation.procedural import MAX_NEW_TOKENS, ProceduralBenchmark
 from fast_dllm.evaluation.report import print_report, to_report
 from fast_dllm.evaluation.ways import AUTOREGRESSIVE, ONE_BY_ONE, ways_to_decode
+from fast_dllm.files import write_whole
+from fast_dllm.machine import provenance
+from fast_dllm.progress import progress_columns
 
 PROCEDURAL_QUESTIONS = 200
 
@@ -36,6 +40,8 @@ def run_eval(
     max_new_tokens: int | None = None,
     few_shot: int | None = None,
     benchmark_data: Mapping[str, str] | None = None,
+    base: str | Path | None = None,
+    out: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Ask a model questions in several ways.
@@ -55,6 +61,8 @@ def run_eval(
         max_new_tokens: limit of an answer; None takes 128 for procedural questions, and each other task's own.
         few_shot: see `harness_tasks.load_benchmarks`.
         benchmark_data: see `harness_tasks.load_benchmarks`.
+        base: where the base of `model` is, an adapter, if not where it was.
+        out: gets the report as JSON, after every way that is done.
         console: where progress and the table go; None shows none.
 
     Returns:
@@ -73,52 +81,54 @@ def run_eval(
         limit=count,
         max_new_tokens=max_new_tokens,
     )
-    lm = _load(model, dtype, cache_dtype)
+    lm = _load(model, dtype, cache_dtype, base)
     other = None if baseline is None else _load(baseline, dtype, cache_dtype)
     trained_on = [entry for one in (lm, other) if one is not None for entry in one.checkpoint.trained_on]
     benchmarks = [*_procedural(names, count, max_new_tokens, trained_on), *others]
-    ways = _ways(lm, benchmarks, thresholds, verify)
-    if other is None and AUTOREGRESSIVE not in ways:
+    asked = [(lm, name, decoding) for name, decoding in _ways(lm, benchmarks, thresholds, verify).items()]
+    if other is not None:
+        asked.insert(0, (other, f"AR of {baseline}", ONE_BY_ONE))
+    elif asked[0][1] != AUTOREGRESSIVE:
         raise FastDLLMError(
             f"{model}: has no autoregressive answers to compare with; name a baseline (--against MODEL)"
         )
-    contestants = [(lm, ways)]
-    if other is not None:
-        contestants.insert(0, (other, {f"AR of {baseline}": ONE_BY_ONE}))
-    outcomes = _ask(contestants, benchmarks, max_batch, console)
-    reference = outcomes[AUTOREGRESSIVE if baseline is None else f"AR of {baseline}"]
-    report = to_report(
-        outcomes,
-        reference,
-        model=str(model),
-        dtype=dtype,
-        against=str(model if baseline is None else baseline),
-        settings={benchmark.name: benchmark.settings for benchmark in benchmarks},
-    )
+    about = {
+        **provenance(),
+        "model": str(model),
+        "dtype": dtype,
+        "cache_dtype": getattr(lm.backbone, "cache_dtype", None),
+        "max_batch": max_batch,
+        "against": str(model if baseline is None else baseline),
+        "settings": {benchmark.name: benchmark.settings for benchmark in benchmarks},
+    }
+    report: dict[str, Any] = {}
+    for outcomes in _ask(asked, benchmarks, max_batch, console):
+        report = to_report(outcomes, outcomes[asked[0][1]], **about)
+        if out is not None:
+            write_whole(out, json.dumps(report, indent=1) + "\n")
     if console is not None:
         print_report(report, console)
     return report
 
 
 def _ask(
-    contestants: Sequence[tuple[BlockDiffusionLM, Mapping[str, DecodingConfig]]],
+    asked: Sequence[tuple[BlockDiffusionLM, str, DecodingConfig]],
     benchmarks: Sequence[Benchmark],
     max_batch: int,
     console: Console | None,
-) -> dict[str, Outcome]:
-    """What each model makes of the questions in each of its ways, by way."""
-    answers = sum(len(ways) for _, ways in contestants) * sum(benchmark.count for benchmark in benchmarks)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+) -> Iterator[dict[str, Outcome]]:
+    """What models make of the questions, by way; yields after each (model, name of the way, its settings)."""
+    answers = len(asked) * sum(benchmark.count for benchmark in benchmarks)
     outcomes: dict[str, Outcome] = {}
-    with Progress(*columns, console=console, disable=console is None) as progress:
+    with Progress(*progress_columns(), console=console, disable=console is None) as progress:
         bar = progress.add_task("", total=answers)
 
         def advance(name: str) -> None:
             progress.update(bar, description=name, advance=1)
 
-        for lm, ways in contestants:
-            outcomes |= evaluate(lm, benchmarks, ways, max_batch=max_batch, advance=advance)
-    return outcomes
+        for lm, name, decoding in asked:
+            outcomes |= evaluate(lm, benchmarks, {name: decoding}, max_batch=max_batch, advance=advance)
+            yield outcomes
 
 
 def _procedural(
@@ -131,8 +141,10 @@ def _procedural(
     return [ProceduralBenchmark(items, MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens)]
 
 
-def _load(model: str | Path, dtype: str | None, cache_dtype: CacheDtype | None) -> BlockDiffusionLM:
-    lm = BlockDiffusionLM.from_pretrained(model, dtype=dtype, cache_dtype=cache_dtype)
+def _load(
+    model: str | Path, dtype: str | None, cache_dtype: CacheDtype | None, base: str | Path | None = None
+) -> BlockDiffusionLM:
+    lm = BlockDiffusionLM.from_pretrained(model, dtype=dtype, cache_dtype=cache_dtype, base=base)
     if lm.tokenizer is None:
         raise FastDLLMError(f"{model}: this checkpoint has no tokenizer, and questions are text")
     lm.backbone.draft_budget = None  # what a row drafts is not to hang on how many are asked at once

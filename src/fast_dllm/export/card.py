@@ -1,6 +1,7 @@
 """The README.md that goes with an exported checkpoint."""
 
 from fast_dllm.checkpoint.checkpoint import Checkpoint
+from fast_dllm.config import DecodingConfig
 
 _CARD = """\
 ---
@@ -25,19 +26,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{title}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{title}")
 {prompt}
-ids = model.generate(
-    inputs["input_ids"], tokenizer=tokenizer, max_new_tokens=512, small_block_size=8, threshold=0.9
-)
+ids = model.generate(inputs["input_ids"], tokenizer=tokenizer, max_new_tokens=512)
 print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-`threshold` trades speed for care: 1.0 reveals one token per forward. Without `trust_remote_code` the directory \
-loads as the plain autoregressive model.
+{threshold} Without `trust_remote_code` the directory loads as the plain autoregressive model.
 
 | | |
 |---|---|
 {table}
 """
+_UNVERIFIED = "`threshold=0.9` (the default) trades speed for care: 1.0 reveals one token per forward."
+_VERIFIED = (
+    "Drafts are verified: the answers are those of autoregressive decoding, and `threshold=0.7` (the default) decides "
+    "only how many forwards they take; `verify=False` leaves that out."
+)
 _CHAT_PROMPT = """\
 messages = [{"role": "user", "content": "Why is the sky blue?"}]
 inputs = tokenizer.apply_chat_template(
@@ -67,5 +70,6 @@ def export_card(title: str, checkpoint: Checkpoint) -> str:
         block_size=config.block_size,
         origin=checkpoint.origin,
         prompt=_CHAT_PROMPT if chat else _PLAIN_PROMPT,
+        threshold=_VERIFIED if DecodingConfig().verifies(config) else _UNVERIFIED,
         table="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
     )

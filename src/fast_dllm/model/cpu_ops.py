@@ -31,7 +31,7 @@ HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 """Widths of a head that the attention kernel is compiled for."""
 
 
-_PARTS = ("linear", "attention", "head", "rest")
+PARTS = ("linear", "attention", "head", "rest")
 
 
 class _Linear(ctypes.Structure):
@@ -155,9 +155,7 @@ class _Plan:
 
 
 class CpuOps:
-    """Linear layers, RoPE and attention with our kernels; float32 activations, bfloat16 keys and values."""
-
-    cache_dtype = torch.bfloat16
+    """Linear layers, RoPE and attention with our kernels; float32 activations, K/V as the cache keeps them."""
 
     def __init__(self, shape: Shape, attention: ContextAttention, *, int8: bool) -> None:
         """Load the kernels.
@@ -277,17 +275,17 @@ class CpuOps:
 @contextmanager
 def kernel_seconds() -> Iterator[dict[str, float]]:
     """Seconds that our kernels spend inside, by part: linear, attention, head, rest. Known at the end."""
-    seconds = dict.fromkeys(_PARTS, 0.0)
+    seconds = dict.fromkeys(PARTS, 0.0)
     if why_no_kernels() is not None:
         yield seconds
         return
-    kernels, array = load_kernels(), (ctypes.c_double * len(_PARTS))()
+    kernels, array = load_kernels(), (ctypes.c_double * len(PARTS))()
     kernels.fast_dllm_watch(array)
     try:
         yield seconds
     finally:
         kernels.fast_dllm_watch(None)
-        seconds.update(zip(_PARTS, array, strict=True))
+        seconds.update(zip(PARTS, array, strict=True))
 
 
 def _layer(layer: LayerWeights) -> _Layer:

@@ -1,7 +1,6 @@
 """What a run keeps on disk so that it can go on: its settings, its log, its saves."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.files import write_whole
 
 
 class RunDirectory:
@@ -41,12 +41,10 @@ class RunDirectory:
         state = PartialState()
         state.wait_for_everyone()  # nobody writes before everybody has read
         if state.is_main_process:
-            try:
-                self._write(settings)
-            except OSError as error:
-                raise FastDLLMError(
-                    f"{self.path}: cannot be written ({error.strerror}); choose another place"
-                ) from error
+            write_whole(self._settings, json.dumps(settings, indent=2))
+            for save in self._saves():
+                if not _is_whole(save):
+                    shutil.rmtree(save, ignore_errors=True)
         state.wait_for_everyone()
 
     def last_save(self) -> Path | None:
@@ -61,15 +59,6 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise FastDLLMError(f"{self._settings}: cannot be read; remove {self.path}") from error
         return values
-
-    def _write(self, settings: Mapping[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self._settings.with_suffix(".part")
-        temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        os.replace(temporary, self._settings)  # noqa: PTH105
-        for save in self._saves():
-            if not _is_whole(save):
-                shutil.rmtree(save, ignore_errors=True)
 
     def _saves(self) -> list[Path]:
         return list(self.path.glob("checkpoint-*"))

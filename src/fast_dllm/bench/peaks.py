@@ -1,13 +1,9 @@
-"""The machine: what it is, and how fast it reads memory and multiplies matrices."""
+"""How fast the machine reads memory and multiplies matrices."""
 
-import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,7 +14,6 @@ _BUFFER_BYTES = 1 << 30
 _MATMUL_SIZE = 2048
 _TRIAL_SIZE = 256
 _TRIES = 4
-_LIBRARIES = ("fast-dllm", "torch", "transformers", "xllamacpp", "gguf", "matplotlib", "reasoning-gym")
 
 
 @dataclass(frozen=True)
@@ -48,19 +43,6 @@ class Peaks:
         """As `to_dict` left them."""
         flops = {dtype: float(rate) * 1e9 for dtype, rate in machine["matmul_gflop_per_s"].items()}
         return cls(int(machine["threads"]), float(machine["bandwidth_gb_per_s"]) * 1e9, flops)
-
-
-def describe() -> dict[str, Any]:
-    """CPU and library versions; None for a library that is not installed."""
-    return {
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "versions": {name: _version(name) for name in _LIBRARIES},
-    }
 
 
 def measure_peaks(dtypes: Iterable[str]) -> Peaks:
@@ -134,19 +116,3 @@ def _best_seconds(work: Callable[[], object]) -> float:
         work()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
