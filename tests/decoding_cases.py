@@ -115,11 +115,23 @@ def cases(draw):
     return Case(architecture, config, draw(prompts), draw(decodings(full=full)))
 
 
-def bytes_allocated(model, context):
-    """Bytes that a denoising forward over 8 positions allocates, all of them together."""
+STEPS = {
+    "a block": lambda end: [RowSpan(1, end - 8, end, end, end - 8, 8)],
+    "a commit and the next block": lambda end: [RowSpan(1, end - 16, end, end, end - 8, 8)],
+    "one token each, behind other contexts": lambda end: [
+        RowSpan(0, end // 2 - 1, end // 2, end // 2, end // 2, 1),
+        RowSpan(1, end - 1, end, end, end, 1),
+    ],
+}
+"""Rows of a decoding step whose longest context ends at a position."""
+
+
+def bytes_allocated(model, step, context):
+    """Bytes that a forward over the rows of a step allocates, all of them together."""
     cache = model.new_cache(2, 2048)
-    row = RowSpan(1, context - 8, context, context, context - 8, 8)
-    batch = ForwardBatch.build([row], tokens(0, 8), range(8))
+    rows = STEPS[step](context)
+    count = sum(row.length for row in rows)
+    batch = ForwardBatch.build(rows, tokens(0, count), range(count))
     model.forward(batch, cache)
     with torch.profiler.profile(profile_memory=True) as profile:
         model.forward(batch, cache)

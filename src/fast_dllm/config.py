@@ -16,9 +16,9 @@ ConfidenceMeasure = Literal["probability", "margin", "entropy"]
 SubBlockCache = Literal["none", "dual", "prefix"]
 CacheRefresh = Literal["published", "sub-block", "block"]
 CacheDtype = Literal["bfloat16", "int8"]
-
-_LEAST = 1e-4
 """Of K/V in our own CPU kernels."""
+
+_LEAST = 1e-4  # temperature and top-p: float32 has no smaller ones to divide by, or to add up to
 
 
 class _FromMapping:
@@ -119,7 +119,7 @@ class DecodingConfig(_FromMapping):
         max_new_tokens: exact limit of new tokens, the stop token included.
         block_size: tokens per block; None takes the checkpoint's, 1 is autoregressive decoding.
         small_block_size: S, tokens per sub-block; must divide the block. None takes 8, or the whole block where 8 does
-            not divide it. For full-attention models it is the window W of Algorithm 1 (arXiv 2505.22618).
+            not divide it. For full-attention models it is the window W of Algorithm 1 (arXiv 2505.22618): 32.
         policy: which masked tokens a step reveals; the most confident one always is.
             "threshold": confidence > `threshold`; "factor": the largest n with
             (n+1)(1 - c(n)) < `factor`; "fixed": `tokens_per_step`; "sequential": one.
@@ -186,7 +186,6 @@ class DecodingConfig(_FromMapping):
         _require_choice("confidence", self.confidence, ConfidenceMeasure)
         _require_number("temperature", self.temperature, 0.0, 100.0)
         _require_number("top_p", self.top_p, 0.0, 1.0)
-        # float32 has no smaller ones to divide by, or to add up to.
         _require(
             self.temperature == 0 or self.temperature >= _LEAST,
             f"temperature={self.temperature!r}: must be 0 (greedy) or at least {_LEAST:g}",

@@ -151,7 +151,6 @@ def generate_batch(
     max_batch: int = 32,
     on_event: Callable[[Event], None] | None = None,
     prefill_chunk: int | None = None,
-    prefix_cache: bool = False,
 ) -> GenerateResult:
     """Decode a batch of prompts of any lengths.
 
@@ -164,7 +163,6 @@ def generate_batch(
         max_batch: prompts that run at once.
         on_event: called with every event.
         prefill_chunk: see `Engine`; None runs every prompt whole.
-        prefix_cache: see `Engine`; answers are the same, the forwards of a prompt depend on what ran before it.
 
     Raises:
         FastDLLMError: for no prompts, an empty one, or settings that do not fit the model.
@@ -177,7 +175,6 @@ def generate_batch(
         stop_token_ids,
         max_batch=max_batch,
         prefill_chunk=prefill_chunk,
-        prefix_cache=prefix_cache,
     )
     for event in engine.run():
         if on_event is not None:

@@ -139,6 +139,13 @@ def test_sliding_window_limits_the_context(tmp_path, overrides, expected):
     assert load_checkpoint(tmp_path).max_length == expected
 
 
+def test_rope_with_other_frequencies_for_long_sequences_limits_the_context(tmp_path):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope |= {"original_max_position_embeddings": 128}
+    tiny_model("llama", rope_parameters=rope).save_pretrained(tmp_path)
+    assert load_checkpoint(tmp_path).max_length == 128
+
+
 @pytest.mark.parametrize(("use", "expected"), [(True, 16), (False, 512)])
 def test_sliding_window_counts_only_when_switched_on(tmp_path, use, expected):
     tiny_model("qwen2", use_sliding_window=use, sliding_window=16, max_window_layers=0).save_pretrained(tmp_path)

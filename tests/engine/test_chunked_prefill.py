@@ -5,6 +5,7 @@ import pytest
 from decoding_cases import MASK, Case, tokens
 from digest import DigestBackbone
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
+from fast_dllm.engine import scheduler
 from fast_dllm.engine.engine import Engine
 
 CONFIG = BlockDiffusionConfig(mask_token_id=15, block_size=4)
@@ -78,6 +79,16 @@ def test_prefills_share_a_tick_up_to_the_chunk_first_come_first_served():
     assert sorted(first) == [(0, "prefill"), (1, "prefill")]
     second = {event.request: event.kind for event in engine.step()}
     assert [second[n] for n in range(4)] == ["block", "block", "prefill", "prefill"]
+
+
+def test_whole_prompts_share_a_tick_only_as_far_as_its_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(scheduler, "_MOST_PREFILLED", 64)
+    engine = engine_with(None)
+    for length in (40, 20, 20, 100):
+        engine.submit(prompt(length), DecodingConfig(max_new_tokens=9, policy="sequential", stop_token_ids=()))
+    ticks = [{event.request: event.kind for event in engine.step()} for _ in range(3)]
+    prefilled = [sorted(request for request, kind in tick.items() if kind == "prefill") for tick in ticks]
+    assert prefilled == [[0, 1], [2], [3]]
 
 
 def test_forwards_of_a_request_do_not_depend_on_other_prefills():

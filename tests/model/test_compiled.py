@@ -1,19 +1,20 @@
 """The compiled backbone gives the eager one's logits and tokens, in a bounded number of compilations."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from decoding_cases import bytes_allocated, confident_model, tokens
+from decoding_cases import STEPS, bytes_allocated, confident_model, tokens
 from fast_dllm.api import BlockDiffusionLM, make_backbone
 from fast_dllm.checkpoint.checkpoint import Checkpoint
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.generation import generate_batch
 from fast_dllm.model.backbone import ForwardBatch, RowSpan
-from fast_dllm.model.compiled import bucket_size, why_not_compiled
+from fast_dllm.model.compiled import _kernel_options, bucket_size, why_not_compiled
 from fast_dllm.model.native import NativeBackbone
 from tiny import save_tiny, tiny_model
 
@@ -102,11 +103,12 @@ def test_padding_writes_to_no_row():
 
 
 @needs_compiler
-def test_a_forward_copies_no_slab():
+@pytest.mark.parametrize("step", STEPS)
+def test_a_forward_copies_no_slab(step):
     _, compiled = backbones("llama")
 
     slab_bytes = compiled.new_cache(2, 2048).flat_keys[0].nbytes
-    assert bytes_allocated(compiled, 512) == bytes_allocated(compiled, 2048) < slab_bytes / 8
+    assert bytes_allocated(compiled, step, 512) == bytes_allocated(compiled, step, 2048) < slab_bytes / 8
 
 
 @needs_compiler
@@ -155,3 +157,12 @@ def test_replayed_graphs_give_the_tokens_of_the_eager_steps():
         for compile in (False, True)
     ]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "forced"), [(32, 8, False), (64, 8, True), (96, 4, True), (128, 8, False)]
+)
+def test_on_a_gpu_the_decoding_kernel_is_left_out_where_it_has_no_tile(queries, heads, forced):
+    keys = SimpleNamespace(is_cuda=True, shape=(1, 2, 256, 8))
+    assert (_kernel_options((queries, heads, 8), keys) is not None) == forced
+    assert _kernel_options((queries, heads, 8), SimpleNamespace(is_cuda=False, shape=(1, 2, 256, 8))) is None

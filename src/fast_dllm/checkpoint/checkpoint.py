@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,6 +36,7 @@ class Checkpoint:
         base: an adapter's base, by the name it was loaded from; None for a whole model.
         mask_token_added: the mask token was added to this vocabulary after loading.
         trained_on: generated questions of all its training, its base's included.
+        stored_dtype: of the weights in their files, where those say it.
 
     """
 
@@ -48,16 +50,22 @@ class Checkpoint:
     base: str | None = None
     mask_token_added: bool = False
     trained_on: tuple[TaskItems, ...] = ()
+    stored_dtype: torch.dtype | None = None
 
     @property
     def max_length(self) -> int | None:
         """Longest usable context; None when the model states no limit.
 
         A sliding window limits it: inside the window sliding attention equals full attention, and our masks
-        know only the latter.
+        know only the latter. So does RoPE with other frequencies for long sequences: a longer row would change those
+        of the rows beside it, and those that its own cached keys were turned by.
         """
         config = self.model.config.get_text_config()
-        limits = [getattr(config, "max_position_embeddings", None), _active_sliding_window(config)]
+        limits = [
+            getattr(config, "max_position_embeddings", None),
+            _active_sliding_window(config),
+            _end_of_short_rope(config),
+        ]
         return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -67,6 +75,14 @@ def _active_sliding_window(config: Any) -> int | None:
     layer_types = getattr(config, "layer_types", None)
     no_layer = layer_types is not None and "sliding_attention" not in layer_types
     return None if switched_off or no_layer else window
+
+
+def _end_of_short_rope(config: Any) -> int | None:
+    """Up to which length "longrope" keeps its frequencies."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    of_layers = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
+    ends = [one.get("original_max_position_embeddings") for one in of_layers if one.get("rope_type") == "longrope"]
+    return min((end for end in ends if end is not None), default=None)
 
 
 def read_config(values: Any, path: Path) -> BlockDiffusionConfig:

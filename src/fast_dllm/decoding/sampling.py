@@ -38,7 +38,9 @@ def greedy(logits: Tensor, banned: int | None, measure: ConfidenceMeasure) -> tu
         tokens int64 [N], confidence [N].
     """
     if measure != "probability":
-        return _chosen(logits.softmax(-1), None, banned, measure)
+        probability = logits.softmax(-1)
+        token = (probability if banned is None else ban(probability, banned)).argmax(-1, keepdim=True)
+        return token[:, 0], confidence_of(probability, token, measure)
     normaliser = logits.logsumexp(-1)
     if banned is not None:
         logits = ban(logits, banned)
@@ -84,8 +86,9 @@ def sample(
 
 def ban(logits: Tensor, token: int) -> Tensor:
     """The logits with one token at -inf."""
-    banned = torch.tensor([token], device=logits.device)
-    return logits.index_fill(-1, banned, -torch.inf)
+    allowed = logits.clone()
+    allowed[..., token] = -torch.inf  # by a number: the host would wait for a tensor to reach the device
+    return allowed
 
 
 def confidence_of(probability: Tensor, token: Tensor, measure: ConfidenceMeasure) -> Tensor:
@@ -106,12 +109,3 @@ def confidence_of(probability: Tensor, token: Tensor, measure: ConfidenceMeasure
         return of_token - probability.scatter(-1, token, -1.0).amax(-1).clamp(min=0.0)
     entropy: Tensor = torch.special.entr(probability).sum(-1)
     return 1 - entropy / math.log(probability.shape[-1])
-
-
-def _chosen(
-    probability: Tensor, token: Tensor | None, banned: int | None, measure: ConfidenceMeasure
-) -> tuple[Tensor, Tensor]:
-    if token is None:
-        allowed = probability if banned is None else ban(probability, banned)
-        token = allowed.argmax(-1, keepdim=True)
-    return token[:, 0], confidence_of(probability, token, measure)

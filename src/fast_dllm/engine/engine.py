@@ -80,7 +80,7 @@ class Engine:
                 their blocks. When a block does not fit, the youngest request gives its slot back, and computes its
                 K/V again when there is room. None: as many as the slots have.
             prefill_chunk: most prompt positions of a tick, so that a long prompt does not hold up the rows that
-                decode; rounded to whole blocks, at least one, unless attention is causal. None: no limit.
+                decode; rounded to whole blocks, at least one, unless attention is causal. None: prompts run whole.
             prefix_cache: keep the K/V of requests that have ended until their slot is needed, and let a request
                 whose beginning is known, from those or from a running one, start behind it.
             draft_budget: masks that a tick looks at, shared by the rows that verify their drafts: the more rows, the

@@ -62,7 +62,7 @@ class Executor:
             ids += [mask_id if token is None else token for token in state.ids[forward.start : forward.end]]
             spans.append(
                 RowSpan(
-                    slot=row.request.slot or 0,
+                    slot=row.slot,
                     start=forward.start,
                     end=forward.end,
                     visible_end=forward.visible_end,

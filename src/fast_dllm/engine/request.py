@@ -83,3 +83,9 @@ class Row:
 
     request: Request
     forward: Forward
+
+    @property
+    def slot(self) -> int:
+        """Of the cache; a request that runs has one."""
+        assert self.request.slot is not None
+        return self.request.slot

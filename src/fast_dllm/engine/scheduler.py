@@ -6,6 +6,9 @@ from collections import deque
 from fast_dllm.decoding.state import next_forward, restartable
 from fast_dllm.engine.request import Request, Row
 
+_MOST_PREFILLED = 4096
+"""Positions of a tick behind which no further prompt is begun: what a forward needs of memory grows with them."""
+
 
 class Scheduler:
     """Waiting and running requests; first come first served, in everything.
@@ -22,7 +25,8 @@ class Scheduler:
 
         Args:
             token_budget: positions that the running requests may hold together; None for no limit.
-            prefill_chunk: most positions of a prefill forward, and of all of them in a tick; None for no limit.
+            prefill_chunk: most positions of a prefill forward, and of all of them in a tick; None runs every prompt
+                whole, one at least in a tick, and several up to `_MOST_PREFILLED` positions.
             draft_budget: masks that the rows which verify their drafts share in a tick; None for no limit, and no
                 thought of what a draft is worth.
         """
@@ -36,7 +40,7 @@ class Scheduler:
 
     def _begin_tick(self) -> None:
         self._rows: list[Row] = []
-        self._prefill_room = math.inf if self._prefill_chunk is None else self._prefill_chunk
+        self._prefill_room = _MOST_PREFILLED if self._prefill_chunk is None else self._prefill_chunk
         self._prefilling = False
         self._stalled = False
 
@@ -101,7 +105,7 @@ class Scheduler:
 
         What a row runs over and may look at is its own, so prefills, denoising rows and commits share one forward.
         """
-        return sorted(self._rows, key=lambda row: (row.forward.end - row.forward.start, row.request.slot or 0))
+        return sorted(self._rows, key=lambda row: (row.forward.end - row.forward.start, row.slot))
 
     def retire(self, request: Request) -> None:
         """Forget a request that has ended."""

@@ -125,13 +125,29 @@ class ForwardBatch:
         Returns:
             bool [R, 1, Q, K], K the largest `visible_end`; None where everything is seen.
         """
+        ends = self.key_ends(first, last, attention)
+        if ends is None:
+            return None
+        keys = max(row.visible_end for row in self.rows[first:last])
+        return torch.arange(keys, device=ends.device) < ends[:, None, :, None]
+
+    def key_ends(self, first: int, last: int, attention: ContextAttention) -> Tensor | None:
+        """Where the keys end that each position of rows [first, last) sees.
+
+        Args:
+            first: number of a row.
+            last: end of the rows, which have one length.
+            attention: context attention of the checkpoint.
+
+        Returns:
+            int64 [R, Q]; None where all of them end at the largest `visible_end`.
+        """
         rows = self.rows[first:last]
         keys = max(row.visible_end for row in rows)
         ends = [row.visible_ends(attention) for row in rows]
         if all(end == keys for row in ends for end in row):
             return None
-        limit = torch.tensor(ends).to(self.positions.device, non_blocking=True)
-        return torch.arange(keys, device=self.positions.device) < limit[:, None, :, None]
+        return torch.tensor(ends).to(self.positions.device, non_blocking=True)
 
 
 DRAFTS_ON_CPU = 16

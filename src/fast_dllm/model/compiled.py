@@ -14,7 +14,7 @@ Shape legend: as in torch_ops.py; B positions of a bucket, C tiles of them, N ti
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +28,9 @@ from fast_dllm.model.backbone import ForwardBatch
 from fast_dllm.model.linear import AdaptedLinear, DenseLinear, Linear, Precision
 from fast_dllm.model.torch_ops import TorchSteps
 from fast_dllm.model.weights import LayerWeights, Shape
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import FlexKernelOptions
 
 # flex_attention's own tile, which its kernels for many and for few queries both take.
 _TILE = 128
@@ -160,6 +163,7 @@ class CompiledOps(TorchSteps):
             slab_values,
             block_mask=block_mask,
             enable_gqa=True,
+            kernel_options=_kernel_options(queries.shape, slab_keys),
         )
         self.finish(layer, attended[0].transpose(0, 1).flatten(1), inputs.hidden, inputs.masked)
 
@@ -221,10 +225,27 @@ class _Bucket:
             forward()
             return
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            graph, device = torch.cuda.CUDAGraph(), self._inputs.hidden.device
+            # torch's own capture stream is of the device that was current when it was first needed; work on another
+            # one would not be captured, and replaying would compute nothing.
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
                 forward()
+            self._graph = graph
         self._graph.replay()
+
+
+def _kernel_options(queries: Sequence[int], keys: Tensor) -> "FlexKernelOptions | None":
+    """What flex_attention has to be told, on a GPU.
+
+    For few queries it takes a decoding kernel whose tile holds those of all heads that share a K/V head, and finds none
+    that divides ours where they are more (https://github.com/pytorch/pytorch/pull/185349).
+
+    Args:
+        queries: shape, [T, heads, E].
+        keys: of the slab, [1, kv_heads, positions, E].
+    """
+    together = queries[0] * queries[1] // keys.shape[1]
+    return {"FORCE_USE_FLEX_ATTENTION": True} if keys.is_cuda and queries[0] < _TILE < together else None
 
 
 def bucket_size(positions: int) -> int:

@@ -25,7 +25,9 @@ class _SlabCache(Cache):  # type: ignore[misc]
         first, last = rows[0].slot, rows[-1].slot
         # Slots that lie side by side are read in place; transformers wants one tensor, so others are gathered.
         side_by_side = last - first == len(rows) - 1
-        self._rows = slice(first, last + 1) if side_by_side else torch.tensor([row.slot for row in rows])
+        self._rows: slice | Tensor = slice(first, last + 1)
+        if not side_by_side:  # on the device once, not in every layer
+            self._rows = torch.tensor([row.slot for row in rows]).to(slots.device, non_blocking=True)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any

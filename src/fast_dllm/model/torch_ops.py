@@ -4,6 +4,7 @@ Shape legend: T positions of all rows, R rows of a group, Q positions of a row, 
 and outputs of a linear layer, G query heads per K/V head, E width of a head.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from fast_dllm.gated_lora import LowRank
 from fast_dllm.model.backbone import ForwardBatch
 from fast_dllm.model.linear import AdaptedLinear, Linear, Precision, make_linear
 from fast_dllm.model.weights import LayerWeights, Shape
+
+_ALIGNED = 64
+"""Bytes to which tensors in one piece of memory are aligned, as torch's own are."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,47 @@ class TorchSteps:
         return F.rms_norm(values, weight.shape, weight, self._shape.norm_epsilon)
 
 
+class _Masks:
+    """The masks of a forward, in memory that the next one takes again: it is as large as the largest so far needed."""
+
+    def __init__(self) -> None:
+        self._columns = torch.empty(0, dtype=torch.long)
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def begin(self) -> None:
+        """Give up the masks made so far."""
+        self._used = 0
+
+    def make(self, ends: Tensor, keys: int, share: int, dtype: torch.dtype) -> Tensor:
+        """An additive mask: SDPA would make one of a boolean mask in every layer.
+
+        Args:
+            ends: int64 [R, Q], where the keys end that a position sees.
+            keys: K.
+            share: G, queries of each position that see the same.
+            dtype: of the mask.
+
+        Returns:
+            [R, 1, G * Q, K]: 0, or -inf for keys that are not seen.
+        """
+        if len(self._columns) < keys or self._columns.device != ends.device:
+            self._columns = torch.arange(2 * keys, device=ends.device)
+        rows, queries = ends.shape
+        hidden = self._take((rows, 1, 1, queries, keys), torch.bool, ends.device)
+        torch.ge(self._columns[:keys], ends[:, None, None, :, None], out=hidden)
+        mask = self._take((rows, 1, share, queries, keys), dtype, ends.device)
+        return mask.zero_().masked_fill_(hidden, -torch.inf).view(rows, 1, share * queries, keys)
+
+    def _take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        if self._used + size > len(self._memory) or self._memory.device != device:
+            self._memory, self._used = torch.empty(2 * size, dtype=torch.uint8, device=device), 0
+        taken = self._memory[self._used : self._used + size]
+        self._used += -(-size // _ALIGNED) * _ALIGNED
+        return taken.view(dtype).view(shape)
+
+
 class TorchOps(TorchSteps):
     """Linear layers, RoPE and attention with torch's kernels, attention by runs of rows."""
 
@@ -114,6 +159,7 @@ class TorchOps(TorchSteps):
         """
         super().__init__(shape, attention)
         self._precision: Precision = precision
+        self._masks = _Masks()
 
     def make_linear(self, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None) -> Linear:
         """A layer from weights [O, I], bias [O] and what a gated adapter adds."""
@@ -134,6 +180,7 @@ class TorchOps(TorchSteps):
         """
         cos, sin = cos[batch.positions, None], sin[batch.positions, None]
         masked = None if masked is None else masked[:, None].to(self._shape.dtype)
+        self._masks.begin()
         return _Plan(batch, cache, self._groups(batch), torch.cat([cos, cos], dim=-1), sin, masked)
 
     def layers(self, layers: Sequence[LayerWeights], hidden: Tensor, plan: _Plan) -> Tensor:
@@ -172,14 +219,15 @@ class TorchOps(TorchSteps):
         groups = []
         for first, last, offset in batch.runs(side_by_side=True):
             rows = batch.rows[first:last]
-            seen = batch.mask(first, last, self._attention)
+            ends = batch.key_ends(first, last, self._attention)
+            keys = max(row.visible_end for row in rows)
             groups.append(
                 _AttentionGroup(
                     places=slice(offset, offset + len(rows) * rows[0].length),
                     rows=len(rows),
                     slots=slice(rows[0].slot, rows[-1].slot + 1),
-                    keys=max(row.visible_end for row in rows),
-                    mask=None if seen is None else _additive(seen, self._shape.dtype).repeat(1, 1, share, 1),
+                    keys=keys,
+                    mask=None if ends is None else self._masks.make(ends, keys, share, self._shape.dtype),
                 )
             )
         return groups
@@ -189,11 +237,6 @@ def _product(layer: Linear, inputs: Tensor, masked: Tensor | None) -> Tensor:
     if masked is None or not isinstance(layer, AdaptedLinear):
         return layer(inputs)
     return layer.where(masked, inputs)
-
-
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    # SDPA would turn a boolean mask into this one in every layer.
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def _rotate(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
