@@ -286,7 +286,7 @@ ADAPT = {
     "learning rate": (lambda b: b.adapt("--learning-rate", -1), "learning_rate=-1"),
     "length not in blocks": (lambda b: b.adapt("--max-length", 100), "must be a multiple of block_size=32"),
     "ar weight with block attention": (lambda b: b.adapt("--ar-weight", 0.5), "needs context_attention='causal'"),
-    "full attention": (lambda b: b.adapt("--context-attention", "full"), "training supports 'block' and 'causal'"),
+    "full attention": (lambda b: b.adapt("--context-attention", "full"), "is not one of 'block', 'causal'"),
     "mask token unknown": (lambda b: b.adapt("--mask-token", "<nothing>"), "mask token '<nothing>'"),
     "out is another thing": (lambda b: b.adapt("--out", directory_with_notes(b)), "not a fast-dllm checkpoint"),
     "out is a file": (lambda b: b.adapt("--out", b.chats), "is a file"),

@@ -44,3 +44,17 @@ def test_the_memory_is_this_machines_by_default(run, plain, tmp_path):
     outcome = run("adapt", "--model", plain, "--data", "chats.jsonl", "--out", tmp_path / "out", "--dry-run")
     assert outcome.code == 0, outcome.err
     assert "500 of 8 rows of 1,024 tokens" in outcome.out
+
+
+def test_a_dry_run_needs_no_data_and_its_devices_are_of_it_alone(run, plain, tmp_path):
+    adapt = ("adapt", "--model", plain, "--out", tmp_path / "out", "--lora-rank", 0)
+    assert run(*adapt, "--dry-run", "--processes", 2, "--sharded").code == 0
+    outcome = run(*adapt, "--data", "chats.jsonl", "--processes", 2)
+    assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
+    assert "accelerate launch" in outcome.err
+
+
+def test_what_a_run_would_refuse_its_dry_run_does(run, plain, tmp_path):
+    outcome = run("adapt", "--model", plain, "--out", tmp_path / "out", "--dry-run", "--processes", 2, "--sharded")
+    assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
+    assert "a LoRA adapter is not sharded" in outcome.err

@@ -210,3 +210,10 @@ def test_no_usable_row_is_one_line(files):
         FastDLLMError, match=r"no conversation can be used; the first: .*long\.jsonl:1: .*chat template"
     ):
         render_conversations(byte_level(None), gather(files[0], skip_bad_rows=True), max_length=64)
+
+
+def test_what_is_held_out_does_not_change_what_is_trained():
+    """A checkpoint says what generated items it learned by their tasks and number alone."""
+    few, many = (gather_conversations(None, ["chain_sum"], task_items=300, held_out=held_out) for held_out in (10, 260))
+    assert [document.content for document in few.train] == [document.content for document in many.train]
+    assert (len(few.held_out), len(many.held_out)) == (10, 200)

@@ -7,7 +7,9 @@ import torch
 
 from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.config import BlockDiffusionConfig
+from fast_dllm.masks import sequence_tokens
 from fast_dllm.objective import lay_out
+from fast_dllm.training import attention
 from fast_dllm.training.adapt import adapt
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.trainer import with_training_forward, without_training_forward
@@ -41,3 +43,30 @@ def test_a_model_that_caps_its_scores_is_trained_saved_and_loaded(tmp_path, lora
     result = adapt(base, make_samples(), options, tmp_path / "out", held_out=make_samples(2))
     assert result.loss_after < result.loss_before
     assert load_checkpoint(tmp_path / "out").model.config.attn_logit_softcapping == 0.5
+
+
+def test_k_v_heads_are_repeated_where_fused_attention_takes_as_many_as_queries_only(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 40, 8, generator=generator, requires_grad=True) for heads in (6, 2, 2))
+    positions = torch.arange(40).expand(2, -1)
+    pieces = attention.cut(sequence_tokens(positions, 8), "block", piece=16)
+
+    def attended():
+        out = attention.attend(query, key, value, pieces)
+        return out, *torch.autograd.grad(out.square().sum(), (query, key, value))
+
+    grouped = attended()
+    monkeypatch.setattr(attention, "_groups_heads", lambda device: False)
+    for one, other in zip(grouped, attended(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_of_keys_that_many_pieces_see_are_summed_in_float32():
+    """In bfloat16 a sum of 512 times 1/512 ends at 0.5, to which 1/512 adds nothing."""
+    ones = torch.ones(1, 1, 512, 8, dtype=torch.bfloat16)
+    key, value = (ones.clone().requires_grad_() for _ in range(2))
+    positions = torch.arange(512)[None]
+    pieces = attention.cut(sequence_tokens(positions, 512), "block", piece=1)
+    attention.attend(ones, key, value, pieces).sum().backward()
+    # Each of 512 queries gives each of 512 values 1/512.
+    torch.testing.assert_close(value.grad, torch.ones_like(value.grad))

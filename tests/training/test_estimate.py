@@ -22,12 +22,17 @@ from tiny import tiny_model
 OPTIONS = AdaptOptions(batch_size=2, max_length=256, dtype="float32", lora_rank=0)
 
 
+def _lora(rank, *, gated):
+    attention = "causal" if gated else "block"
+    return replace(OPTIONS, lora_rank=rank, gated_lora=gated, context_attention=attention)
+
+
 def model_of(lora_rank=0, *, gated=False):
     shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "head_dim": 16}
     model = with_training_forward(tiny_model("llama", vocab_size=128, **shape), "causal" if gated else "block")
     config = model.config
     if lora_rank:
-        model = wrap_with_lora(model, 5, replace(OPTIONS, lora_rank=lora_rank, gated_lora=gated), None)
+        model = wrap_with_lora(model, 5, _lora(lora_rank, gated=gated), None)
     return model.train(), config
 
 

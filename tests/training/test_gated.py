@@ -161,7 +161,7 @@ def test_what_a_gated_adapter_cannot_be(base, tmp_path):
         adapt(tmp_path / "gated", make_samples(), everywhere, tmp_path / "more")
     with pytest.raises(FastDLLMError, match="no whole model holds it"):
         save_checkpoint(load_checkpoint(tmp_path / "gated"), tmp_path / "whole")
-    for wrong in ({"lora_rank": 0}, {"objective": "ar"}, {"ar_weight": 0.5}):
+    for wrong in ({"lora_rank": 0}, {"objective": "ar"}, {"ar_weight": 0.5}, {"context_attention": "block"}):
         with pytest.raises(FastDLLMError, match="gated_lora=True"):
             replace(OPTIONS, **wrong)
 

@@ -1,12 +1,14 @@
 """Two processes (gloo, on the CPU) give the losses of one with the same global batch."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tiny import save_tiny
@@ -16,6 +18,7 @@ SCRIPT = str(HERE / "parallel_run.py")
 RECIPES = HERE.parent.parent / "recipes"
 OPTIONS = {"steps": 20, "learning_rate": 3e-3, "warmup_steps": 0, "max_length": 64, "block_size": 8}
 OPTIONS |= {"save_every": 10, "eval_every": 10, "dtype": "float32"}
+BFLOAT16 = {"dtype": "bfloat16"}
 
 
 def run(base: str, out: Path, launcher: list[str], *flags: str, **options: object) -> list[dict[str, float]]:
@@ -42,25 +45,36 @@ def launch(config: str) -> list[str]:
         pytest.param("ddp.yaml", [], {"lora_rank": 0}, id="ddp"),
         pytest.param("ddp.yaml", [], {"lora_rank": 4}, id="ddp-lora", marks=pytest.mark.slow),
         pytest.param("ddp.yaml", [], {"lora_rank": 0, "stream": True, "pack": True}, id="ddp-stream"),
-        pytest.param("fsdp2.yaml", ["--fsdp"], {"lora_rank": 0}, id="fsdp2"),
+        pytest.param("fsdp2.yaml", ["--fsdp"], {"lora_rank": 0, "accumulation": 2}, id="fsdp2"),
+        pytest.param("fsdp2.yaml", ["--fsdp"], {"lora_rank": 0, "accumulation": 2, **BFLOAT16}, id="fsdp2-bfloat16"),
     ],
 )
 def test_two_processes_train_as_one(tmp_path, config, flags, options):
     base = save_tiny(tmp_path / "base", adapted=False)
-    one = run(base, tmp_path / "one", [sys.executable], batch_size=8, **options)
-    two = run(base, tmp_path / "two", launch(config), *flags, batch_size=4, **options)
+    share = 2 * options.get("accumulation", 1)
+    one = run(base, tmp_path / "one", [sys.executable], batch_size=8, **{**options, "accumulation": 1})
+    two = run(base, tmp_path / "two", launch(config), *flags, batch_size=8 // share, **options)
+    exact = "dtype" not in options
     for name, count in (("loss", 20), ("eval_loss", 3), ("response_tokens_seen", 20)):
         ours, theirs = ([line[name] for line in lines if name in line] for lines in (two, one))
         assert len(ours) == count
-        # held-out losses are rounded to 1e-4
-        assert ours == pytest.approx(theirs, abs=1e-5 if name == "loss" else 1.1e-4)
+        # held-out losses are rounded to 1e-4; rows of another shape round otherwise in bfloat16
+        tolerance = {"loss": 1e-5, "eval_loss": 1.1e-4}.get(name, 0) if exact else 0.02
+        assert ours == pytest.approx(theirs, abs=tolerance)
     sharded = (tmp_path / "two.run" / "checkpoint-20" / "pytorch_model_fsdp_0").exists()
     assert sharded == bool(flags)
     name = "adapter_model.safetensors" if options["lora_rank"] else "model.safetensors"
     whole, parallel = (load_file(tmp_path / run / name) for run in ("one", "two"))
     assert whole.keys() == parallel.keys()
     for weight in whole:
-        assert whole[weight] == pytest.approx(parallel[weight], abs=1e-3), weight
+        assert whole[weight] == pytest.approx(parallel[weight], abs=1e-3 if exact else 0.1), weight
+    if sharded:
+        shutil.rmtree(tmp_path / "two")
+        shutil.rmtree(tmp_path / "two.run" / "checkpoint-20")
+        run(base, tmp_path / "two", launch(config), *flags, batch_size=8 // share, **options)
+        resumed = load_file(tmp_path / "two" / name)
+        for weight in parallel:
+            assert torch.equal(resumed[weight], parallel[weight]), weight
 
 
 @pytest.mark.timeout(300)

@@ -82,7 +82,9 @@ def open_base(directory: Path, load_base: Callable[[str | Path], Checkpoint], *,
     check_safetensors(weights)
     recorded = base or (ours or {}).get("base") or peft_values.get("base_model_name_or_path")
     if not recorded:
-        raise FastDLLMError(f"{config_path}: base_model_name_or_path is missing; name the base model with base")
+        raise FastDLLMError(
+            f"{config_path}: base_model_name_or_path is missing; name the base model with base (--base)"
+        )
     checkpoint = _load_base(directory, load_base, recorded, named=base is not None)
     if ours is not None:
         _restore(checkpoint, ours, directory / BLOCK_DIFFUSION_FILE)
@@ -99,7 +101,9 @@ def _load_base(
     except FastDLLMError as error:
         if named:
             raise
-        raise FastDLLMError(f"{directory}: its base does not load: {error}; say where the base is with base") from error
+        raise FastDLLMError(
+            f"{directory}: its base does not load: {error}; say where the base is with base (--base)"
+        ) from error
 
 
 def _restore(checkpoint: Checkpoint, ours: Mapping[str, Any], path: Path) -> None:
@@ -107,7 +111,7 @@ def _restore(checkpoint: Checkpoint, ours: Mapping[str, Any], path: Path) -> Non
     if recorded is not None and recorded != checkpoint.fingerprint:
         raise FastDLLMError(
             f"{path}: the adapter was trained on another base than {checkpoint.source} "
-            f"(fingerprint {recorded[:8]}, not {str(checkpoint.fingerprint)[:8]}); name its own with base"
+            f"(fingerprint {recorded[:8]}, not {str(checkpoint.fingerprint)[:8]}); name its own with base (--base)"
         )
     config = read_config(ours.get(CONFIG_KEY), path)
     mask = config.mask_token_id

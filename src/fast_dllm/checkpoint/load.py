@@ -135,6 +135,10 @@ def load_tokenizer_of(source: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = load_gguf_tokenizer(path) if path.is_file() else load_tokenizer(path)
     if tokenizer is None and (path / "adapter_config.json").exists():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        if not base:
+            raise FastDLLMError(
+                f"{path / 'adapter_config.json'}: base_model_name_or_path is missing; name the base there"
+            )
         return load_tokenizer_of(str(base))
     if tokenizer is None:
         raise FastDLLMError(f"{source}: has no tokenizer, so conversations cannot be rendered for it")
@@ -169,7 +173,7 @@ def _from_directory(
         if mask is None:
             raise FastDLLMError(
                 f"{path}: no tokenizer with a mask token ({PUBLISHED_MASK_TOKEN}) and none in config.json; "
-                "give mask_token_id (151665 in the published models)"
+                "give mask_token_id (--mask-token-id), 151665 in the published models"
             )
         config = BlockDiffusionConfig(
             mask_token_id=mask, block_size=published.block_size_of(values, path / "config.json")
@@ -183,6 +187,7 @@ def _from_directory(
         origin=f"{model.config.model_type} ({kind}) from {name}",
         fingerprint=fingerprint(model),
         trained_on=read_trained_on(values.get(TRAINED_ON_KEY, []), path / "config.json"),
+        stored_dtype=_DTYPES.get(str(values.get("dtype", values.get("torch_dtype")))),
     )
 
 
@@ -198,7 +203,8 @@ def _with_overrides(checkpoint: Checkpoint, overrides: dict[str, Any]) -> BlockD
         mask = find_mask_token(checkpoint.tokenizer)
     if mask is None:
         raise FastDLLMError(
-            f"{checkpoint.source}: no mask token in its tokenizer or config; give mask_token_id, or adapt the model"
+            f"{checkpoint.source}: no mask token in its tokenizer or config; give mask_token_id (--mask-token-id), or "
+            "adapt the model"
         )
     return BlockDiffusionConfig(**{**overrides, "mask_token_id": mask})
 

@@ -47,7 +47,12 @@ def adapt(
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", metavar="FILE", help="JSON or TOML of any of these settings; options given here win."),
+        typer.Option(
+            "--recipe",
+            metavar="FILE",
+            help="JSON or TOML of any of these settings (with _ for -, and tasks for --task). Options given here win; "
+            "--data or --task replaces both of the file's.",
+        ),
     ] = None,
     dry_run: DryRunOption = False,
     processes: ProcessesOption = 1,
@@ -66,7 +71,12 @@ def adapt(
     tasks = None if task is None else split_tasks(task)
     own = {"model": model, "data": data or None, "tasks": tasks, "task_items": task_items, **settings}
     own["skip_bad_rows"] = skip_bad_rows
-    plan = Recipe.from_settings({**written, **given(own)})
+    plan = Recipe.from_settings({**written, **given(own)}, needs_data=not dry_run)
+    if not dry_run and (processes > 1 or sharded or device_memory is not None):
+        raise FastDLLMError(
+            "--processes, --sharded and --device-memory describe a --dry-run; to train on several devices, start it "
+            "with accelerate launch --config_file recipes/ddp.yaml or recipes/fsdp2.yaml"
+        )
     if dry_run:
         estimate_run(plan.model, plan.options, processes, sharded, device_memory)
         return

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.options import AdaptOptions
 
 if TYPE_CHECKING:
@@ -41,9 +42,12 @@ def dry_run(model: str, options: AdaptOptions, processes: int, sharded: bool, gi
     """
     from fast_dllm.training.adapt import with_dtype
     from fast_dllm.training.estimate import GIB, Devices, check, device_memory
+    from fast_dllm.training.sharding import NO_SHARDED_LORA
 
     memory = device_memory() if gibibytes is None else int(gibibytes * GIB)
     devices = Devices(memory, processes, sharded)
+    if sharded and options.lora_rank:
+        raise FastDLLMError(NO_SHARDED_LORA)
     if gibibytes is None:
         options = with_dtype(options)
     elif options.dtype == "auto":

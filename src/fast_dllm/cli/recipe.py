@@ -36,8 +36,12 @@ class Recipe:
     skip_bad_rows: bool = False
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+    def from_settings(cls, settings: Mapping[str, Any], *, needs_data: bool = True) -> Self:
         """Make the recipe from checked settings.
+
+        Args:
+            settings: of files and options.
+            needs_data: refuse a recipe without.
 
         Raises:
             FastDLLMError: when the model or the data is missing, or an option is invalid.
@@ -45,7 +49,7 @@ class Recipe:
         model, data, tasks = (settings.get(name) for name in ("model", "data", "tasks"))
         if model is None:
             raise FastDLLMError("no model; give --model MODEL")
-        if not data and not tasks:
+        if needs_data and not data and not tasks:
             raise FastDLLMError("no data; give --data chats.jsonl or --task NAME[,NAME...], or both")
         options = {name: value for name, value in settings.items() if name in _OPTIONS}
         items = settings.get("task_items", 8000)
@@ -73,7 +77,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     for key, value in values.items():
         if (hints.get(key) is bool or key == "skip_bad_rows") and not isinstance(value, bool):
             raise FastDLLMError(f"{path}: {key}={value!r}: must be true or false")
-        if key in ("model", "mask_token") and not isinstance(value, str):
+        if key in ("model", "mask_token", "base") and not isinstance(value, str):
             raise FastDLLMError(f"{path}: {key}={value!r}: must be a string")
     if "tasks" in values:
         values["tasks"] = _tasks(path, values["tasks"])

@@ -117,7 +117,8 @@ def gather_conversations(
         data: what `parse_sources` takes, or None for tasks alone.
         tasks: as for `make_items`; none for data alone.
         task_items: training items, over all tasks.
-        held_out: at most so many are held out: fresh task items, or the last 5% of each source.
+        held_out: at most so many are held out: fresh task items (of which there are 200), or the last 5% of each
+            source.
         skip_bad_rows: leave out and count rows that cannot be used; otherwise the first is an error.
         seed: of the draws.
 
@@ -132,7 +133,8 @@ def gather_conversations(
     parts = [_split(part, min(held_out * len(part) // total, len(part) // 20)) for part in read]
     weights = [source.weight for source in sources]
     if tasks:
-        train, test = task_documents(tasks, task_items, max(held_out, RESERVED_TEST_ITEMS))
+        # Not more for a large `held_out`: a checkpoint says what it learned by the tasks and a count alone.
+        train, test = task_documents(tasks, task_items)
         parts, weights = [(train, test[: held_out * task_items // total]), *parts], [None, *weights]
     return Conversations(
         train=list(_drawn([trained for trained, _ in parts], weights, seed)),
@@ -141,22 +143,19 @@ def gather_conversations(
     )
 
 
-def task_documents(
-    tasks: Sequence[str], count: int, held_out: int = RESERVED_TEST_ITEMS
-) -> tuple[list[Document], list[Document]]:
+def task_documents(tasks: Sequence[str], count: int) -> tuple[list[Document], list[Document]]:
     """Generated items to train on, and others to measure with: the same for all runs, and none is in both.
 
     Args:
         tasks: as for `make_items`.
         count: training items, over all tasks.
-        held_out: items to measure with.
 
     Raises:
         FastDLLMError: for an unknown task.
 
     """
     # One data set for all runs: what one run is tested on, no other may have learned.
-    train, test = train_and_test(tasks, count, held_out, seed=0)
+    train, test = train_and_test(tasks, count, RESERVED_TEST_ITEMS, seed=0)
     return _as_documents(train, "item"), _as_documents(test, "held-out item")
 
 

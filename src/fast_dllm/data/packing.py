@@ -88,7 +88,7 @@ def collate(rows: Sequence[Packed], pad_id: int) -> dict[str, torch.Tensor]:
     """Stack rows, padded at the end to the longest.
 
     Args:
-        rows: B rows of `pack`, or datasets' rows of the same fields.
+        rows: B rows of `pack`.
         pad_id: the mask token's id.
 
     Returns:

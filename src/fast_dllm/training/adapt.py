@@ -10,11 +10,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
-from transformers.integrations import is_tensorboard_available, is_wandb_available
+from transformers.integrations import is_deepspeed_zero3_enabled, is_tensorboard_available, is_wandb_available
 from transformers.trainer_utils import IntervalStrategy
 
 from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, add_mask_token, save_adapter, save_checkpoint
 from fast_dllm.checkpoint.directory import check_target
+from fast_dllm.checkpoint.dtype import cast_weights
 from fast_dllm.config import BlockDiffusionConfig, TaskItems
 from fast_dllm.data.chat import Sample
 from fast_dllm.errors import FastDLLMError
@@ -24,10 +25,10 @@ from fast_dllm.training.lora import open_adapter, wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.quantised import quantise_linears
 from fast_dllm.training.recompute import recompute_cheap_operations, recompute_layers
-from fast_dllm.training.rows import Epochs, digest_of, open_run, rows_of
+from fast_dllm.training.rows import Epochs, digest_of, no_longer_than, open_run, rows_of
 from fast_dllm.training.run_directory import RunDirectory, step_of
 from fast_dllm.training.schedule import RunDataset, StreamCollator
-from fast_dllm.training.sharding import gather, is_sharded
+from fast_dllm.training.sharding import NO_SHARDED_LORA, add_up_as_one_process_does, gather, is_sharded
 from fast_dllm.training.trainer import BlockDiffusionTrainer, with_training_forward, without_training_forward
 
 
@@ -90,8 +91,9 @@ def adapt(
     arguments = _training_arguments(run.path, options)
     check_target(out)
     data, samples = digest_of(samples)
-    run.claim({"source": str(source), "data": data, "processes": arguments.world_size, **options.to_dict()})
     model, checkpoint = _prepare(source, options, generated)
+    samples = no_longer_than(samples, checkpoint.max_length, options.block_size)
+    run.claim({"source": str(source), "data": data, "processes": arguments.world_size, **options.to_dict()})
     per_update = options.batch_size * options.accumulation * arguments.world_size
     evaluation = _evaluation(held_out[: options.eval_samples], probe, checkpoint, options)
     resume = run.last_save()
@@ -180,8 +182,10 @@ def _make_trainer(
         evaluation=evaluation,
     )
     trainer.remove_callback(PrinterCallback)
-    if is_sharded(trainer) and options.lora_rank:
-        raise FastDLLMError("a LoRA adapter is not sharded: launch it with recipes/ddp.yaml, or give --lora-rank 0")
+    if is_sharded(trainer):
+        if options.lora_rank:
+            raise FastDLLMError(NO_SHARDED_LORA)
+        add_up_as_one_process_does(trainer, bfloat16=options.dtype == "bfloat16")
     return trainer
 
 
@@ -194,8 +198,7 @@ def _prepare(source: str | Path, options: AdaptOptions, generated: TaskItems | N
     if generated is not None and generated not in checkpoint.trained_on:
         checkpoint.trained_on += (generated,)
     attention = "causal" if options.objective == "ar" else options.context_attention
-    if checkpoint.config.mask_token_id is None and checkpoint.tokenizer is not None:
-        add_mask_token(checkpoint, token=options.mask_token)
+    _choose_mask_token(checkpoint, options.mask_token)
     checkpoint.config = BlockDiffusionConfig(
         mask_token_id=checkpoint.config.mask_token_id,
         block_size=options.block_size,
@@ -212,6 +215,17 @@ def _prepare(source: str | Path, options: AdaptOptions, generated: TaskItems | N
     if options.lora_rank:
         model = wrap_with_lora(model, checkpoint.config.mask_token_id, options, adapter)
     return model, checkpoint
+
+
+def _choose_mask_token(checkpoint: Checkpoint, token: str | None) -> None:
+    tokenizer, known = checkpoint.tokenizer, checkpoint.config.mask_token_id
+    if tokenizer is None:
+        return
+    if known is None:
+        add_mask_token(checkpoint, token=token)
+    elif token is not None and tokenizer.convert_tokens_to_ids(token) != known:
+        name = tokenizer.convert_ids_to_tokens(known)
+        raise FastDLLMError(f"mask_token={token!r}: the model was adapted with {name!r}; leave it out")
 
 
 def _training_arguments(run: Path, options: AdaptOptions) -> TrainingArguments:
@@ -243,6 +257,10 @@ def _training_arguments(run: Path, options: AdaptOptions) -> TrainingArguments:
         # A loss that is no number is to end the run, not to be left out of the log.
         logging_nan_inf_filter=False,
     )
+    if is_deepspeed_zero3_enabled():
+        raise FastDLLMError(
+            "DeepSpeed ZeRO-3 hides the weights from us; launch with recipes/fsdp2.yaml, or ZeRO-1 or 2"
+        )
     # Without a launcher Trainer would take all GPUs by nn.DataParallel, which cuts every tensor along its first axis;
     # that of `tokens` and `read` is not the batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -300,6 +318,6 @@ def _save(trainer: BlockDiffusionTrainer, checkpoint: Checkpoint, options: Adapt
         if options.lora_rank:
             save_adapter(model, result.directory, checkpoint=checkpoint, recipe=recipe)
         else:
-            checkpoint.model = base
+            checkpoint.model = cast_weights(base, checkpoint.stored_dtype or base.dtype)
             save_checkpoint(checkpoint, result.directory, recipe=recipe)
     trainer.accelerator.wait_for_everyone()

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fast_dllm.config import ContextAttention
-from fast_dllm.masks import Tokens, visible
+from fast_dllm.masks import Tokens, dense_mask
 
 NAME = "fast_dllm_in_pieces"
 """What `config._attn_implementation` calls it."""
@@ -51,13 +51,13 @@ def cut(tokens: Tokens, attention: ContextAttention, *, keys: Tokens | None = No
         keys: fields of shape [B, K]; None is the sequence itself.
         piece: queries in each.
     """
-    keys = Tokens(*(field[:, None, :] for field in (tokens if keys is None else keys)))
+    keys = tokens if keys is None else keys
     pieces = []
     for start in range(0, tokens.stream.shape[1], piece):
         end = min(start + piece, tokens.stream.shape[1])
-        seen = visible(Tokens(*(field[:, start:end, None] for field in tokens)), keys, attention)
-        columns = seen.any(dim=(0, 1)).nonzero().flatten()
-        pieces.append(Piece(start, end, columns, seen[:, None, :, columns]))
+        seen = dense_mask(Tokens(*(field[:, start:end] for field in tokens)), attention, keys=keys)
+        columns = seen.any(dim=(0, 1, 2)).nonzero().flatten()
+        pieces.append(Piece(start, end, columns, seen[..., columns]))
     return pieces
 
 
@@ -91,7 +91,15 @@ def supports_pieces(model: PreTrainedModel) -> bool:
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float | None) -> Tensor:
+    share = query.shape[1] // key.shape[1]
+    if share > 1 and not _groups_heads(query.device):
+        key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=piece.mask, scale=scale, enable_gqa=True)
+
+
+def _groups_heads(device: torch.device) -> bool:
+    """Whether fused attention takes a mask and fewer K/V heads than queries; else torch's math kernel keeps scores."""
+    return device.type == "cpu"
 
 
 class _Attend(torch.autograd.Function):
@@ -113,7 +121,9 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        d_query, d_key, d_value = (torch.zeros_like(x) for x in (query, key, value))
+        d_query = torch.zeros_like(query)
+        # A key is seen by many pieces, and bfloat16 would round the sum once for each.
+        d_key, d_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
         for piece in ctx.pieces:
             here = slice(piece.start, piece.end)
             inputs = (query[:, :, here], key.index_select(2, piece.keys), value.index_select(2, piece.keys))
@@ -121,9 +131,9 @@ class _Attend(torch.autograd.Function):
                 inputs = tuple(x.detach().requires_grad_() for x in inputs)
                 out = _fused(*inputs, piece, ctx.scale)
             d_query[:, :, here], keys, values = torch.autograd.grad(out, inputs, gradients[0][:, :, here])
-            d_key.index_add_(2, piece.keys, keys)
-            d_value.index_add_(2, piece.keys, values)
-        return d_query, d_key, d_value, None, None
+            d_key.index_add_(2, piece.keys, keys.float())
+            d_value.index_add_(2, piece.keys, values.float())
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
 
 
 def _attention_of_transformers(

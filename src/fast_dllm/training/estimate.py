@@ -111,7 +111,7 @@ class _Shape:
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             query=config.num_attention_heads * head,
-            key_value=config.num_key_value_heads * head,
+            key_value=getattr(config, "num_key_value_heads", config.num_attention_heads) * head,
             mlp=config.intermediate_size,
             vocabulary=model.get_input_embeddings().num_embeddings,
             linear=sum(module.weight.numel() for module in layer),

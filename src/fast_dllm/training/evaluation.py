@@ -82,9 +82,7 @@ class Evaluation:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = self.collator.config
         block = config.block_size if self.collator.with_diffusion else 1
-        decoding = DecodingConfig(
-            max_new_tokens=_PROBE_TOKENS, threshold=_THRESHOLD, block_size=block, small_block_size=min(block, 8)
-        )
+        decoding = DecodingConfig(max_new_tokens=_PROBE_TOKENS, threshold=_THRESHOLD, block_size=block)
         prompts = [item.prompt_ids for item in self.probe]
         # Adapters of a bfloat16 base are float32: only autocast multiplies the two.
         mixed = base.dtype == torch.bfloat16

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from fast_dllm.checkpoint import Checkpoint, is_gated, load_adapter_base, load_checkpoint
+from fast_dllm.checkpoint.directory import BLOCK_DIFFUSION_FILE
 from fast_dllm.checkpoint.quiet import quiet
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.gated_lora import gate_adapter, gated_token
@@ -17,7 +18,8 @@ from fast_dllm.training.trained_rows import train_rows_alone
 def open_adapter(source: str | Path, dtype: torch.dtype, options: AdaptOptions) -> tuple[Checkpoint, Path | None]:
     """Load what is to be trained: a model, or the base of an adapter that is to be trained on.
 
-    An adapter that acts everywhere is merged where a gated one goes on top of it, or all weights are trained.
+    An adapter that acts everywhere is merged where a gated one goes on top of it, or all weights are trained; and one
+    that was not trained here always is.
 
     Args:
         source: what `load_checkpoint` takes.
@@ -32,7 +34,9 @@ def open_adapter(source: str | Path, dtype: torch.dtype, options: AdaptOptions) 
     """
     path = Path(source)
     is_adapter = (path / "adapter_config.json").exists()
-    if is_adapter and options.lora_rank and is_gated(path) == options.gated_lora:
+    # Of another tool's adapter the mask token's row is not trained, nor perhaps most layers.
+    is_ours = (path / BLOCK_DIFFUSION_FILE).exists()
+    if is_adapter and is_ours and options.lora_rank and is_gated(path) == options.gated_lora:
         return load_adapter_base(path, dtype=dtype, base=options.base), path
     checkpoint = load_checkpoint(source, dtype=dtype, base=options.base)
     if gated_token(checkpoint.model) is not None:

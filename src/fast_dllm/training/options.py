@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fast_dllm.config import ContextAttention, _FromMapping, _require, _require_choice, _require_int, _require_number
+from fast_dllm.config import _FromMapping, _require, _require_choice, _require_int, _require_number
 
 Objective = Literal["diffusion", "ar"]
 
@@ -24,7 +24,7 @@ class AdaptOptions(_FromMapping):
         max_length: tokens; longer samples are truncated and counted.
         block_size: tokens per block.
         token_shift: the hidden state at i-1 predicts token i.
-        context_attention: who sees whom among clean tokens.
+        context_attention: who sees whom among clean tokens: "block" (the paper's), or "causal".
         complementary: two views with complementary masks (off: one view).
         mask_ratio: share of every block's answer that the first view hides; None draws it for each block, as the paper
             does. Drafts that are verified are looked at once, with every token hidden: give 1 for those.
@@ -34,9 +34,10 @@ class AdaptOptions(_FromMapping):
         stream: read the data while it is trained, and again for every epoch, instead of holding all of it.
         shuffle_buffer: of a stream: documents that are held to choose the next one from; 0 keeps their order.
         pack: pack samples into rows of `max_length`, with per-document masks and restarted positions.
-        lora_rank: rank of the LoRA adapter on all linear layers; 0 trains all weights.
-        lora_alpha: scale of the adapter; None is twice the rank.
-        gated_lora: let the adapter act at mask tokens alone (arXiv 2507.11851). With causal context attention the
+        lora_rank: rank of a new LoRA adapter on all linear layers (one that is trained on keeps its own); 0 trains all
+            weights.
+        lora_alpha: scale of a new adapter; None is twice the rank.
+        gated_lora: let the adapter act at mask tokens alone (arXiv 2507.11851); needs causal context attention. The
             autoregressive answers stay bit for bit what they were, and verified drafts give them: only speed is
             trained. It is not merged, so a forward with masks in it takes a little longer.
         base: of the LoRA adapter that is trained on, instead of its own: another LoRA fine-tune of the same model,
@@ -66,7 +67,7 @@ class AdaptOptions(_FromMapping):
     max_length: int = 1024
     block_size: int = 32
     token_shift: bool = True
-    context_attention: ContextAttention = "block"
+    context_attention: Literal["block", "causal"] = "block"
     complementary: bool = True
     mask_ratio: float | None = None
     pad_to_block: bool = True
@@ -100,7 +101,7 @@ class AdaptOptions(_FromMapping):
         _require_number("learning_rate", self.learning_rate, 0.0, 1.0)
         _require_number("weight_decay", self.weight_decay, 0.0, 1.0)
         _require_number("ar_weight", self.ar_weight, 0.0, 100.0)
-        _require_choice("context_attention", self.context_attention, ContextAttention)
+        _require_choice("context_attention", self.context_attention, Literal["block", "causal"])
         _require_choice("dtype", self.dtype, Literal["auto", "bfloat16", "float32"])
         _require_choice("schedule", self.schedule, Literal["linear", "constant"])
         _require_choice("report_to", self.report_to, Literal["none", "tensorboard", "wandb"])
@@ -115,12 +116,13 @@ class AdaptOptions(_FromMapping):
             not self.gated_lora or (self.lora_rank > 0 and self.objective == "diffusion" and self.ar_weight == 0),
             "gated_lora=True acts at mask tokens alone: it needs a lora_rank, objective='diffusion' and ar_weight=0",
         )
+        _require(
+            not self.gated_lora or self.context_attention == "causal",
+            "gated_lora=True leaves clean tokens to the model's own weights, which know causal attention alone: it "
+            "needs context_attention='causal'",
+        )
         if self.lora_alpha is not None:
             _require_int("lora_alpha", self.lora_alpha, 1)
-        _require(
-            self.context_attention != "full",
-            "context_attention='full': training supports 'block' and 'causal'",
-        )
         _require(
             self.ar_weight == 0 or self.context_attention == "causal",
             f"ar_weight={self.ar_weight:g} needs context_attention='causal'",

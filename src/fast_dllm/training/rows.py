@@ -47,6 +47,35 @@ def _digest(samples: Iterable[Sample]) -> str:
     return found.hexdigest()[:32]
 
 
+def no_longer_than(
+    samples: Sequence[Sample] | Epochs, positions: int | None, block_size: int
+) -> Sequence[Sample] | Epochs:
+    """The samples, of which none is longer than what the model will decode.
+
+    Args:
+        samples: to train on.
+        positions: of the model (`Checkpoint.max_length`); None for no limit.
+        block_size: D.
+
+    Raises:
+        FastDLLMError: for one that is; of `Epochs`, when it is read.
+    """
+    if positions is None:
+        return samples
+    most = positions
+
+    def checked(read: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in read:
+            if len(sample.input_ids) > most:
+                raise FastDLLMError(
+                    f"a sample has {len(sample.input_ids)} tokens, and the model {most} positions; "
+                    f"give --max-length {most // block_size * block_size}"
+                )
+            yield sample
+
+    return (lambda epoch: checked(samples(epoch))) if callable(samples) else list(checked(samples))
+
+
 def open_run(
     samples: Sequence[Sample] | Epochs, config: BlockDiffusionConfig, options: AdaptOptions, batch: int
 ) -> Callable[[], Iterator[Packed]]:

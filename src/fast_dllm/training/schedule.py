@@ -158,7 +158,6 @@ class StreamCollator:
         """
         block = self.config.block_size
         batch = collate([row for _, row in items], pad_id=self.config.mask_token_id or 0)
-        batch = _pad_to_multiple(batch, block, self.config.mask_token_id or 0)
         loss_mask = batch["loss_mask"]
         views = loss_mask.new_zeros(0, *loss_mask.shape)
         if self.with_diffusion:
@@ -192,12 +191,11 @@ class StreamCollator:
 
         Args:
             place: of the row in the run.
-            loss_mask: bool [L].
+            loss_mask: bool [L], whole blocks.
 
         Returns:
-            bool [V, L], L rounded up to whole blocks.
+            bool [V, L].
         """
-        loss_mask = F.pad(loss_mask, (0, -len(loss_mask) % self.config.block_size))
         generator = torch.Generator().manual_seed(noise_seed(self.seed, place))
         return draw_views(
             loss_mask,
@@ -217,9 +215,3 @@ def _hidden_shares(views: Tensor, loss_mask: Tensor, block: int) -> Tensor:
     streams = torch.cat([views, torch.zeros_like(loss_mask)[None]])
     hidden, all_of_it = (mask.unflatten(-1, (-1, block)).sum(-1) for mask in (streams, loss_mask))
     return torch.div(hidden, all_of_it.clamp(min=1))
-
-
-def _pad_to_multiple(batch: dict[str, Tensor], multiple: int, pad_id: int) -> dict[str, Tensor]:
-    missing = -batch["input_ids"].shape[1] % multiple
-    fill = {"input_ids": pad_id, "loss_mask": False, "position_ids": 0, "document_ids": -1}
-    return {key: F.pad(x, (0, missing), value=fill[key]) for key, x in batch.items()}

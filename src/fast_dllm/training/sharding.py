@@ -4,12 +4,31 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+NO_SHARDED_LORA = "a LoRA adapter is not sharded: launch it with recipes/ddp.yaml, or give --lora-rank 0"
 
 
 def is_sharded(trainer: Any) -> bool:
     """Whether each process holds a part of the weights only."""
     return bool(trainer.is_fsdp_enabled)
+
+
+def add_up_as_one_process_does(trainer: Any, *, bfloat16: bool) -> None:
+    """Let gradients be added up in float32, and after every forward, before the trainer has begun.
+
+    accelerate would reduce them in bfloat16, and of the forwards of an update all but the last would leave the whole
+    model's gradients on every device.
+
+    Args:
+        trainer: of a sharded run.
+        bfloat16: of the arithmetic.
+    """
+    trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    if bfloat16:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def gather(trainer: Any) -> PreTrainedModel:

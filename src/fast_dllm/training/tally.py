@@ -33,8 +33,10 @@ class Tally:
             place: int64 [N], of the target in its block.
             tokens: response tokens of the forward.
         """
-        sums = self._sums = self._sums.to(losses.device)
-        losses = losses.detach().double()
+        # Apple's GPUs have no float64.
+        precise = torch.float32 if losses.device.type == "mps" else torch.float64
+        sums = self._sums = self._sums.to(losses.device, precise)
+        losses = losses.detach().to(precise)
         values = torch.stack([losses, torch.ones_like(losses)], dim=1)
         share = (hidden_share * _PARTS).ceil().long().clamp(1, _PARTS) - 1
         sums.index_add_(0, torch.where(is_ar, _AR, share), values)

@@ -1,4 +1,4 @@
-"""`BlockDiffusionTrainer`: transformers' Trainer with our loss; all else is Trainer's."""
+"""`BlockDiffusionTrainer`: transformers' Trainer with our loss, our evaluation and more in its log."""
 
 from typing import Any, cast
 
