@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml
 
 install: $(VENV)/installed  ## create .venv and install everything into it
 
-demo: install  ## adapt a real model live, then AR beside block diffusion: runs/demo/report.html
+demo: install  ## adapt a real model live, then AR beside the model in the box: runs/demo/report.html
 	$(BIN)/fast-dllm demo
 
 test: install  ## all tests that need no network, no GPU and no long time
@@ -39,12 +39,16 @@ format: install  ## put the code into shape
 	$(BIN)/ruff check --fix .
 
 CHATS := runs/chats
-chats: install  ## the conversations that recipes train on: alpaca_en_demo, and the base model's own answers to it
-	$(BIN)/python recipes/alpaca_demo.py $(CHATS)/alpaca.jsonl
-	$(BIN)/fast-dllm distill smollm2-base --prompts $(CHATS)/alpaca.jsonl --out $(CHATS)/own.jsonl \
-	    --dtype int8 --batch-size 16 --max-new-tokens 160
+chats: $(CHATS)/own.jsonl  ## the conversations that recipes train on: alpaca_en_demo, and the base model's own answers to it
+
+$(CHATS)/alpaca.jsonl: | install
+	$(BIN)/python recipes/alpaca_demo.py $@
+
+$(CHATS)/own.jsonl: $(CHATS)/alpaca.jsonl | install
+	$(BIN)/fast-dllm distill smollm2-base --prompts $< --out $@ --dtype int8 --batch-size 16 --max-new-tokens 160
 
 BOX := runs/smollm2
+every_threshold := --threshold 0.5,0.6,0.7,0.8,0.9,1.0
 adapt = $(BIN)/fast-dllm adapt --recipe recipes/$(1).json --out $(2)
 round = $(BIN)/python recipes/round_adapter.py $(1) $(2)
 cut = $(BIN)/python recipes/cut_adapter.py $(1) $(1)-cut --numbers $(3) --chats $(CHATS)/own.jsonl && $(call round,$(1)-cut,src/fast_dllm/assets/$(2))
@@ -62,7 +66,7 @@ model: chats  ## train the model in the box again: fine-tune it autoregressively
 
 baseline: chats  ## spend what teaching it to draft took on fine-tuning instead, and compare (more than an hour)
 	$(call adapt,smollm2-baseline,$(BOX)/baseline)
-	$(BIN)/fast-dllm eval smollm2 --against $(BOX)/baseline --dtype int8 --items 504 --batch-size 8 \
+	$(BIN)/fast-dllm eval smollm2 --against $(BOX)/baseline --dtype int8 --items 504 --batch-size 8 $(every_threshold) \
 	    --out $(BOX)/eval.json
 
 VARIANTS := runs/variants
@@ -72,7 +76,7 @@ variants: chats  ## train the variants and their AR baseline again, and compare 
 	$(call adapt,variants/2-causal-context,$(VARIANTS)/causal-context)
 	$(call adapt,variants/2-block-causal,$(VARIANTS)/block-causal)
 	for name in causal-context block-causal; do \
-	    $(BIN)/fast-dllm eval $(VARIANTS)/$$name --against $(VARIANTS)/more-autoregressive --dtype int8 --items 504 \
+	    $(BIN)/fast-dllm eval $(VARIANTS)/$$name --against $(VARIANTS)/more-autoregressive --dtype int8 --items 504 $(every_threshold) \
 	    --cache-dtype bfloat16 --out $(VARIANTS)/$$name.json || exit 1; done
 
 clean:  ## remove what was installed and what runs left

@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fast_dllm.checkpoint.checkpoint import find_stop_token_ids
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.text import ChatText, IncrementalDetokenizer, StopStrings
+from tiny import tiny_model
 from tiny_tokenizers import CHATML, LLAMA3, MISTRAL, QWEN, byte_level, sentencepiece
 
 TOKENIZERS = {"byte_level": byte_level, "sentencepiece": sentencepiece}
@@ -83,7 +85,8 @@ def test_stop_ids_are_end_of_text_and_end_of_turn(template):
     tokenizer = byte_level(template)
     names = {CHATML: ["<|im_end|>"], QWEN: ["<|im_end|>"], LLAMA3: ["<|eot_id|>"]}.get(template, [])
     expected = tokenizer.convert_tokens_to_ids(["</s>", *names])
-    assert ChatText(tokenizer).special_stop_ids() == tuple(expected)
+    model = tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=None)
+    assert find_stop_token_ids(model, tokenizer) == tuple(expected)
 
 
 @pytest.mark.parametrize(

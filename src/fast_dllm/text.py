@@ -118,23 +118,6 @@ class ChatText:
         """A detokenizer for one answer."""
         return IncrementalDetokenizer(self)
 
-    def special_stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the end-of-text token, and the one that closes a turn in the chat template."""
-        stops: list[int] = []
-        if self.tokenizer.eos_token_id is not None:
-            stops.append(int(self.tokenizer.eos_token_id))
-        if getattr(self.tokenizer, "chat_template", None):
-            stops.extend(self._end_of_turn_ids())
-        return tuple(dict.fromkeys(stops))
-
-    def _end_of_turn_ids(self) -> list[int]:
-        marker = "reply"
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": marker}]
-        text = render_messages(self.tokenizer, turns, add_generation_prompt=False)
-        after = self.encode(text.rpartition(marker)[2], add_special_tokens=False)
-        special = special_token_ids(self.tokenizer)
-        return [token for token in after if token in special][:1]
-
 
 def special_token_ids(tokenizer: Any) -> frozenset[int]:
     """Ids that decoding skips: named special tokens, and added tokens marked special."""

@@ -68,7 +68,7 @@ def test_every_command_of_the_page_runs(run, place):
     said = [re.search(r"fast-dllm (\w+)", line)[1] for line in ran if "fast-dllm" in line]
     assert len(said) == PAGE.read_text().count("\nfast-dllm ") + PAGE.read_text().count("| fast-dllm ")
     assert {"info", "data", "distill", "adapt", "chat", "generate", "eval", "bench", "export"} <= set(said)
-    for name in ("my-model", "my-model-mixed", "my-model-gguf", "my-model-hf"):
+    for name in ("my-model", "my-model-blocks", "my-model-gguf", "my-model-hf"):
         assert (place / name).is_dir()
     ar, diffusion = ([json.loads(line) for line in (place / f"{mode}.jsonl").open()] for mode in ("ar", "diffusion"))
     assert {row["tokens_per_forward"] for row in ar} == {1.0}

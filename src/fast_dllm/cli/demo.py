@@ -8,15 +8,16 @@ import typer
 
 def demo(
     *,
-    model: Annotated[str, typer.Option("--model", help="What to demonstrate.")] = "smollm2",
+    model: Annotated[str, typer.Option("--model", help="The adapted model that answers.")] = "smollm2",
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where results go.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option("--minutes", min=0.0, help="Time for adapting the model.")] = 3.0,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.0, help="Of adapting live.")] = 3.0,
     questions: Annotated[int, typer.Option("--questions", min=1, help="Questions answered by both decoders.")] = 12,
-    skip_adapt: Annotated[bool, typer.Option("--skip-adapt", help="Only decode, with the model as it is.")] = False,
+    skip_adapt: Annotated[bool, typer.Option("--skip-adapt", help="Only the race.")] = False,
 ) -> None:
-    """Adapt a small real model, and race it.
+    """Race an adapted model against its own decoding of one token at a time.
 
-    It is adapted for a few minutes, and decodes beside autoregressive decoding.
+    Before, for --minutes, a small model is adapted live, to show how its loss falls: smollm2-base, which is not yet the
+    one that answers.
     """
     from rich.console import Console
 
