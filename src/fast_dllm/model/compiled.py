@@ -83,14 +83,15 @@ class _Plan:
 class CompiledOps(TorchSteps):
     """The layers as one compiled function of a layer; the LM head, which sees another number of positions, is not."""
 
-    def __init__(self, shape: Shape, attention: ContextAttention) -> None:
+    def __init__(self, shape: Shape, attention: ContextAttention, device: torch.device) -> None:
         """Compile nothing yet: a bucket is compiled when it first comes up.
 
         Args:
             shape: of the model.
             attention: context attention of the checkpoint.
+            device: of the model.
         """
-        super().__init__(shape, attention)
+        super().__init__(shape, attention, device)
         self._compiled: Callable[..., None] = torch.compile(self._layer, fullgraph=True, dynamic=False)
         self._buckets: WeakKeyDictionary[SlabCache, dict[int, _Bucket]] = WeakKeyDictionary()
 
@@ -99,10 +100,24 @@ class CompiledOps(TorchSteps):
         base = DenseLinear(weight, bias)  # the compiler cannot look into packed ones
         return base if low_rank is None else AdaptedLinear(base, low_rank, self._shape.dtype)
 
+    def new_cache(self, slots: int, max_length: int) -> SlabCache:
+        """A slab for compiled forwards.
+
+        Slots are whole tiles, so that a row's sums do not depend on its slot; the padding's place is a tile behind
+        them. A slab of another size is no reason to compile again.
+        """
+        shape = self._shape
+        layers = [LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
+        length = -(-max_length // _TILE) * _TILE
+        cache = SlabCache(layers, slots, length, dtype=shape.dtype, device=self._device, spare=_TILE)
+        for slab in (*cache.flat_keys, *cache.flat_values):
+            torch._dynamo.maybe_mark_dynamic(slab, 2)
+        return cache
+
     def plan(
         self, batch: ForwardBatch, cache: SlabCache, cos: Tensor, sin: Tensor, masked: Tensor | None = None
     ) -> _Plan:
-        """Prepare a forward (see `TorchOps.plan`)."""
+        """Prepare a forward (see `Steps.plan`)."""
         masked = torch.zeros_like(batch.positions) if masked is None else masked
         cos, sin = cos[batch.positions, None], sin[batch.positions, None]
         ends = [row.visible_ends(self._attention) for row in batch.rows]
@@ -253,20 +268,6 @@ def bucket_size(positions: int) -> int:
     power = 1 << (positions - 1).bit_length()
     between = power * 3 // 4
     return between if positions <= between else power
-
-
-def new_tiled_cache(
-    layers: list[LayerShape], slots: int, max_length: int, *, dtype: torch.dtype, device: torch.device
-) -> SlabCache:
-    """A slab for compiled forwards.
-
-    Slots are whole tiles, so that a row's sums do not depend on its slot; the padding's place is a tile behind them.
-    A slab of another size is no reason to compile again.
-    """
-    cache = SlabCache(layers, slots, -(-max_length // _TILE) * _TILE, dtype=dtype, device=device, spare=_TILE)
-    for slab in (*cache.flat_keys, *cache.flat_values):
-        torch._dynamo.maybe_mark_dynamic(slab, 2)
-    return cache
 
 
 def why_not_compiled(device: torch.device, dtype: torch.dtype, precision: Precision) -> str | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fast_dllm.cache import LayerShape
 from fast_dllm.config import ContextAttention
 from fast_dllm.gated_lora import LowRank
 from fast_dllm.model.backbone import DRAFTS_ON_CPU, DRAFTS_ON_OLDER_CPU, ForwardBatch
@@ -157,20 +158,21 @@ class _Plan:
 class CpuOps:
     """Linear layers, RoPE and attention with our kernels; float32 activations, K/V as the cache keeps them."""
 
-    def __init__(self, shape: Shape, attention: ContextAttention, *, int8: bool) -> None:
+    def __init__(self, shape: Shape, attention: ContextAttention, *, int8: bool, int8_cache: bool = False) -> None:
         """Load the kernels.
 
         Args:
             shape: of the model.
             attention: context attention of the checkpoint.
             int8: of the linear layers; else bfloat16.
+            int8_cache: of K/V; else bfloat16.
 
         Raises:
             OSError: when they cannot be compiled (see `why_no_kernels`).
         """
         self._shape = shape
         self._attention: ContextAttention = attention
-        self._int8 = int8
+        self._int8, self._int8_cache = int8, int8_cache
         self._memory = WeightMemory()
         kernels = load_kernels()
         # Of AVX-512 VNNI or AVX-VNNI; bfloat16 gains nothing from either.
@@ -190,10 +192,16 @@ class CpuOps:
         """A layer from weights [O, I], bias [O] and what a gated adapter adds."""
         return KernelLinear(weight, bias, low_rank, self._memory, int8=self._int8)
 
+    def new_cache(self, slots: int, max_length: int) -> CpuCache:
+        """Memory in the order of the kernels."""
+        shape = self._shape
+        layer = LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim)
+        return CpuCache(shape.layers, layer, slots, max_length, int8=self._int8_cache)
+
     def plan(
         self, batch: ForwardBatch, cache: CpuCache, cos: Tensor, sin: Tensor, masked: Tensor | None = None
     ) -> _Plan:
-        """Prepare a forward (see `TorchOps.plan`); `cos` and `sin` are float32."""
+        """Prepare a forward (see `Steps.plan`); `cos` and `sin` are float32."""
         starts, ends = [0], []
         for row in batch.rows:
             starts.append(starts[-1] + row.length)

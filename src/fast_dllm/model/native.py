@@ -1,33 +1,27 @@
 """A lean forward for the Llama family: Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3.
 
 One forward for all of them: QKV bias, QK norm, tied embeddings and RoPE variants are data. Positions of all rows run
-through the linear layers together; only attention looks at rows. How a step is computed is its backend's affair:
-torch, or our own CPU kernels.
+through the linear layers together; only attention looks at rows. How a step is computed is decided elsewhere
+(`steps.py`): by torch, or by our own CPU kernels.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fast_dllm.cache import KVCache, LayerShape, SlabCache
+from fast_dllm.cache import KVCache
 from fast_dllm.config import CacheDtype, ContextAttention
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.gated_lora import gated_token
-from fast_dllm.model.backbone import DRAFTS_ON_CPU, ForwardBatch
-from fast_dllm.model.compiled import CompiledOps, new_tiled_cache, why_not_compiled
-from fast_dllm.model.cpu_cache import CpuCache
-from fast_dllm.model.cpu_ops import HEAD_DIMS, CpuOps
-from fast_dllm.model.kernels import why_no_kernels
+from fast_dllm.model.backbone import ForwardBatch
 from fast_dllm.model.linear import Precision
-from fast_dllm.model.torch_ops import TorchOps
-from fast_dllm.model.weights import Shape, read_shape, read_weights, unknown_to_native
+from fast_dllm.model.steps import Kernels, choose_steps
+from fast_dllm.model.weights import read_weights, unknown_to_native
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Kernels = Literal["auto", "torch", "own"]
 
 
 class NativeBackbone:
@@ -70,33 +64,13 @@ class NativeBackbone:
             raise FastDLLMError(f"the native backbone cannot run this model: {why}; use backbone='hf'")
         self.attention: ContextAttention = attention
         self.max_length = max_length
-        shape = read_shape(model, model.dtype)
-        self.vocabulary = shape.vocabulary
-        why_not = _why_not_own(model, shape, precision)
-        if compile:
-            why_not = "compiled, as asked"
-            if (why := why_not_compiled(model.device, shape.dtype, precision)) is not None:
-                raise FastDLLMError(f"compile=True cannot run this model: {why}; leave it out")
-        if kernels == "own" and why_not is not None:
-            raise FastDLLMError(f"our CPU kernels cannot run this model: {why_not}; use kernels='torch'")
-        own = kernels != "torch" and why_not is None
-        why_no_choice = None if own else why_not or "torch computes, as asked"
-        self.cache_dtype = _cache_dtype(cache_dtype, precision, why_no_choice)
-        if own or precision == "int8":
-            shape = read_shape(model, torch.float32)
-        self.kernels = "own CPU kernels" if own else f"torch ({why_not or 'as asked'})"
-        self.shape = shape
-        self._ops: Any
-        if compile:
-            self._ops = CompiledOps(shape, attention)
-        elif own:
-            self._ops = CpuOps(shape, attention, int8=precision == "int8")
-        else:
-            self._ops = TorchOps(shape, attention, precision)
-        self.likeliest = self._ops.likeliest if own else None
-        self.draft_budget = self._ops.draft_budget if own else DRAFTS_ON_CPU if model.device.type == "cpu" else None
+        self._steps, self.shape, self.kernels, self.cache_dtype = choose_steps(
+            model, attention, precision=precision, kernels=kernels, compile=compile, cache_dtype=cache_dtype
+        )
+        self.vocabulary = self.shape.vocabulary
+        self.likeliest, self.draft_budget = self._steps.likeliest, self._steps.draft_budget
         self._gated_token = gated_token(model)
-        self._weights = read_weights(model, shape.dtype, self._ops.make_linear)
+        self._weights = read_weights(model, self.shape.dtype, self._steps.make_linear)
         self._rotary = model.model.rotary_emb
         self._cos = self._sin = torch.empty(0)
 
@@ -107,13 +81,7 @@ class NativeBackbone:
 
     def new_cache(self, slots: int, max_length: int) -> KVCache:
         """Allocate memory for K/V, laid out as what computes here wants it."""
-        shape = self.shape
-        layer = LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim)
-        if isinstance(self._ops, CpuOps):
-            cache: KVCache = CpuCache(shape.layers, layer, slots, max_length, int8=self.cache_dtype == "int8")
-        else:
-            new = new_tiled_cache if isinstance(self._ops, CompiledOps) else SlabCache
-            cache = new([layer] * shape.layers, slots, max_length, dtype=self._ops.cache_dtype, device=self.device)
+        cache = self._steps.new_cache(slots, max_length)
         if cache.max_length > len(self._cos):
             self._tabulate_rope(cache.max_length)
         return cache
@@ -132,12 +100,12 @@ class NativeBackbone:
         Returns:
             [N, vocabulary], float32 or the model's dtype if wider.
         """
-        ops, weights = self._ops, self._weights
-        plan = ops.plan(batch, cache, self._cos, self._sin, self._masked(batch.input_ids))
-        hidden: Tensor = ops.layers(weights.layers, F.embedding(batch.input_ids, weights.embedding), plan)
+        steps, weights = self._steps, self._weights
+        plan = steps.plan(batch, cache, self._cos, self._sin, self._masked(batch.input_ids))
+        hidden = steps.layers(weights.layers, F.embedding(batch.input_ids, weights.embedding), plan)
         if not len(batch.read):
             return hidden.new_empty(0, self.shape.vocabulary)
-        logits: Tensor = ops.linear(weights.head, hidden, weights.final_norm)
+        logits = steps.linear(weights.head, hidden, weights.final_norm)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _masked(self, ids: Tensor) -> Tensor | None:
@@ -148,24 +116,3 @@ class NativeBackbone:
         if ids.device.type == "cpu" and self._gated_token not in ids.tolist():
             return None
         return ids == self._gated_token
-
-
-def _cache_dtype(wanted: CacheDtype | None, precision: Precision, why_not_own: str | None) -> CacheDtype | None:
-    """The dtype of K/V in our own kernels; None without them."""
-    if wanted not in (None, *get_args(CacheDtype)):
-        raise FastDLLMError(f"cache_dtype={wanted!r}: must be {' or '.join(map(repr, get_args(CacheDtype)))}")
-    if wanted is not None and why_not_own is not None:
-        raise FastDLLMError(f"cache_dtype={wanted!r} needs our own CPU kernels ({why_not_own}); leave it out")
-    if why_not_own is not None:
-        return None
-    return wanted or ("int8" if precision == "int8" else "bfloat16")
-
-
-def _why_not_own(model: "PreTrainedModel", shape: Shape, precision: Precision) -> str | None:
-    if model.device.type != "cpu":
-        return f"it is on {model.device.type}"
-    if shape.head_dim not in HEAD_DIMS:
-        return f"heads {shape.head_dim} wide are not among {', '.join(map(str, HEAD_DIMS))}"
-    if precision != "int8" and model.dtype != torch.bfloat16:
-        return f"they compute in int8 or bfloat16, not {str(model.dtype).removeprefix('torch.')}"
-    return why_no_kernels()

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fast_dllm.cache import SlabCache
+from fast_dllm.cache import LayerShape, SlabCache
 from fast_dllm.config import ContextAttention
 from fast_dllm.gated_lora import LowRank
-from fast_dllm.model.backbone import ForwardBatch
+from fast_dllm.model.backbone import DRAFTS_ON_CPU, ForwardBatch, Likeliest
 from fast_dllm.model.linear import AdaptedLinear, Linear, Precision, make_linear
 from fast_dllm.model.weights import LayerWeights, Shape
 
@@ -66,16 +66,20 @@ class _Plan:
 class TorchSteps:
     """What is before and behind attention in a layer: the same steps, compiled or not."""
 
-    def __init__(self, shape: Shape, attention: ContextAttention) -> None:
+    likeliest: Likeliest | None = None
+
+    def __init__(self, shape: Shape, attention: ContextAttention, device: torch.device) -> None:
         """Take note.
 
         Args:
             shape: of the model.
             attention: context attention of the checkpoint.
+            device: of the model.
         """
         self._shape = shape
         self._attention: ContextAttention = attention
-        self.cache_dtype = shape.dtype
+        self._device = device
+        self.draft_budget = DRAFTS_ON_CPU if device.type == "cpu" else None
 
     def project(
         self, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, masked: Tensor | None
@@ -149,15 +153,16 @@ class _Masks:
 class TorchOps(TorchSteps):
     """Linear layers, RoPE and attention with torch's kernels, attention by runs of rows."""
 
-    def __init__(self, shape: Shape, attention: ContextAttention, precision: Precision) -> None:
+    def __init__(self, shape: Shape, attention: ContextAttention, device: torch.device, precision: Precision) -> None:
         """Choose the kernels.
 
         Args:
             shape: of the model.
             attention: context attention of the checkpoint.
+            device: of the model.
             precision: of the linear layers.
         """
-        super().__init__(shape, attention)
+        super().__init__(shape, attention, device)
         self._precision: Precision = precision
         self._masks = _Masks()
 
@@ -166,18 +171,16 @@ class TorchOps(TorchSteps):
         base = make_linear(weight, bias, self._precision)
         return base if low_rank is None else AdaptedLinear(base, low_rank, self._shape.dtype)
 
+    def new_cache(self, slots: int, max_length: int) -> SlabCache:
+        """A slab."""
+        shape = self._shape
+        layers = [LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
+        return SlabCache(layers, slots, max_length, dtype=shape.dtype, device=self._device)
+
     def plan(
         self, batch: ForwardBatch, cache: SlabCache, cos: Tensor, sin: Tensor, masked: Tensor | None = None
     ) -> _Plan:
-        """Prepare a forward.
-
-        Args:
-            batch: of the forward.
-            cache: to write to, and to look at.
-            cos: [positions, E / 2].
-            sin: the same.
-            masked: bool [T], where a gated adapter acts; None for nowhere.
-        """
+        """Prepare a forward (see `Steps.plan`)."""
         cos, sin = cos[batch.positions, None], sin[batch.positions, None]
         masked = None if masked is None else masked[:, None].to(self._shape.dtype)
         self._masks.begin()
