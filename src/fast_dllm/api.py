@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
 from fast_dllm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fast_dllm.config import BlockDiffusionConfig, CacheDtype, DecodingConfig
+from fast_dllm.config import ONE_AT_A_TIME, BlockDiffusionConfig, CacheDtype, DecodingConfig
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.generation import GenerateResult, decoding_from_call, for_each, generate_batch, make_engine, naming
 from fast_dllm.masks import dense_mask, sequence_tokens
@@ -231,7 +231,7 @@ class BlockDiffusionLM:
         if mode not in ("diffusion", "ar"):
             raise FastDLLMError(f"mode={mode!r}: must be 'diffusion' or 'ar'")
         if mode == "ar":
-            settings = {**settings, "block_size": 1, "small_block_size": 1}
+            settings = {**settings, **ONE_AT_A_TIME}
         decoding = decoding_from_call(max_new_tokens=max_new_tokens, **settings)
         return next(self.answers([messages], decoding))
 

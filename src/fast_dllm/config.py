@@ -98,6 +98,10 @@ class BlockDiffusionConfig(_FromMapping):
         _require_choice("context_attention", self.context_attention, ContextAttention)
 
 
+ONE_AT_A_TIME: Mapping[str, Any] = {"block_size": 1, "small_block_size": 1}
+"""Fields of `DecodingConfig` that make it autoregressive."""
+
+
 @dataclass(frozen=True)
 class TaskItems:
     """Generated questions that a model was trained on (`data.tasks.train_and_test`), so that nobody tests it on them.

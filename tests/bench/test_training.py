@@ -25,6 +25,7 @@ def test_the_race_gives_a_record_of_every_quantity():
     }
     assert all(record["value"] > 0 and record["length"] == 64 for found in records.values() for record in found)
     ours, plain = records["tokens_per_s"]
+    assert (ours["attention"], plain["attention"]) == ("fast_dllm_in_pieces", "sdpa")
     assert records["speedup"][0]["value"] == pytest.approx(ours["value"] / plain["value"])
     json.dumps(records)
 

@@ -149,8 +149,8 @@ def test_a_hub_name_is_loaded_with_its_subset_and_split(tmp_path, monkeypatch, s
     monkeypatch.setattr(Source, "is_hub_name", True)
     documents = list(read_documents(source, BadRows(), stream=stream))
     assert [(document.place, document.content) for document in documents] == [
-        ("owner/name row:1", CHAT),
-        ("owner/name row:2", CHAT),
+        ("owner/name two extra row:1", CHAT),
+        ("owner/name two extra row:2", CHAT),
     ]
 
 

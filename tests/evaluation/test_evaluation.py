@@ -16,7 +16,7 @@ from fast_dllm.evaluation.benchmark import evaluate
 from fast_dllm.evaluation.box import TASKS_OF_THE_BOX, seen_in_training, unseen_questions
 from fast_dllm.evaluation.procedural import ProceduralBenchmark
 from fast_dllm.evaluation.run import run_eval
-from fast_dllm.evaluation.ways import AUTOREGRESSIVE, ways_to_decode
+from fast_dllm.evaluation.ways import AR, ways_to_decode
 from fast_dllm.training.adapt import adapt
 from fast_dllm.training.options import AdaptOptions
 from samples import make_samples
@@ -34,17 +34,17 @@ def test_verified_answers_are_those_of_ar_and_other_models_have_none(causal, tmp
     lm = BlockDiffusionLM.from_pretrained(causal)
     questions = ProceduralBenchmark(held_out_items(TASKS.split(","), 6, seed=0), max_new_tokens=12)
     outcomes = evaluate(lm, [questions], ways_to_decode(lm, [0.5]), max_batch=4)
-    assert list(outcomes) == [AUTOREGRESSIVE, "verified 0.5", "diffusion 0.5"]
-    tokens = [[s.new_tokens for s in outcomes[name].statistics] for name in (AUTOREGRESSIVE, "verified 0.5")]
+    assert list(outcomes) == [AR, "verified 0.5", "diffusion 0.5"]
+    tokens = [[s.new_tokens for s in outcomes[name].statistics] for name in (AR, "verified 0.5")]
     assert tokens[0] == tokens[1]
-    assert outcomes[AUTOREGRESSIVE].total.tokens_per_forward == 1
+    assert outcomes[AR].total.tokens_per_forward == 1
     block = BlockDiffusionLM.from_pretrained(save_tiny(tmp_path / "block", adapted=True))
-    assert list(ways_to_decode(block, [0.5])) == [AUTOREGRESSIVE, "diffusion 0.5"]
+    assert list(ways_to_decode(block, [0.5])) == [AR, "diffusion 0.5"]
     plain = BlockDiffusionLM.from_pretrained(save_tiny(tmp_path / "plain", adapted=False))
-    assert list(ways_to_decode(plain, [0.5])) == [AUTOREGRESSIVE]
-    assert list(ways_to_decode(lm, [0.5], verify=True)) == [AUTOREGRESSIVE, "verified 0.5"]
+    assert list(ways_to_decode(plain, [0.5])) == [AR]
+    assert list(ways_to_decode(lm, [0.5], verify=True)) == [AR, "verified 0.5"]
     for one in (lm, block):
-        assert list(ways_to_decode(one, [0.5], verify=False)) == [AUTOREGRESSIVE, "diffusion 0.5"]
+        assert list(ways_to_decode(one, [0.5], verify=False)) == [AR, "diffusion 0.5"]
     with pytest.raises(FastDLLMError, match="has an autoregressive answer"):
         ways_to_decode(block, [0.5], verify=True)
 

@@ -17,7 +17,8 @@ from fast_dllm.evaluation import punkt_tab
 from fast_dllm.evaluation.benchmark import evaluate
 from fast_dllm.evaluation.harness import HarnessModel
 from fast_dllm.evaluation.harness_tasks import load_benchmarks
-from fast_dllm.evaluation.ways import AUTOREGRESSIVE, ways_to_decode
+from fast_dllm.evaluation.ways import AR as AR_NAME
+from fast_dllm.evaluation.ways import ways_to_decode
 from tiny import save_tiny
 
 AR = DecodingConfig(block_size=1, small_block_size=1)
@@ -140,18 +141,18 @@ def test_benchmarks_are_scored_as_known_in_every_way_that_gives_the_same_answers
     outcomes = evaluate(causal, benchmarks, ways_to_decode(causal, [0.5]), max_batch=3, advance=answered.append)
     assert DetectorFactory.seed is not None  # the same answer is scored the same twice
     assert answered == [name for name in outcomes for _ in range(7)]
-    for name in (AUTOREGRESSIVE, "verified 0.5"):
+    for name in (AR_NAME, "verified 0.5"):
         outcome = outcomes[name]
         assert outcome.tasks == ["gsm8k"] * 4 + ["ifeval"] * 3
         assert outcome.right == [True, False, False, True, True, False, True]
         assert next(iter(outcome.metrics["gsm8k"].items())) == ("exact_match,flexible-extract", 0.5)
         assert outcome.metrics["gsm8k"]["exact_match,strict-match"] == 0
         assert next(iter(outcome.metrics["ifeval"].items())) == ("prompt_level_strict_acc,none", 2 / 3)
-        ar = outcomes[AUTOREGRESSIVE].statistics
+        ar = outcomes[AR_NAME].statistics
         assert [s.new_tokens for s in outcome.statistics] == [s.new_tokens for s in ar]
-    assert outcomes[AUTOREGRESSIVE].total.tokens_per_forward == 1
-    assert all(s.new_tokens <= LIMIT for s in outcomes[AUTOREGRESSIVE].statistics)
-    assert outcomes["diffusion 0.5"].total.forwards != outcomes[AUTOREGRESSIVE].total.forwards
+    assert outcomes[AR_NAME].total.tokens_per_forward == 1
+    assert all(s.new_tokens <= LIMIT for s in outcomes[AR_NAME].statistics)
+    assert outcomes["diffusion 0.5"].total.forwards != outcomes[AR_NAME].total.forwards
 
 
 def test_every_way_is_asked_with_the_same_examples(causal, files, monkeypatch):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.config import DecodingConfig
+from fast_dllm.config import ONE_AT_A_TIME, DecodingConfig
 
 _VERIFIED: Mapping[str, Any] = {"verify": True}
 # Add a way to decode a block here, and every table of block diffusion has it. The first one is the default of
@@ -40,7 +40,7 @@ class Setting:
     def decoding(self) -> dict[str, Any]:
         """Its fields of `DecodingConfig`."""
         if self.threshold is None:
-            return {"block_size": 1, "small_block_size": 1}
+            return dict(ONE_AT_A_TIME)
         return {"threshold": self.threshold, **dict(self.chosen)}
 
     def labels(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def measure_training(
     count = torch.get_num_threads() if threads is None else threads
     about: dict[str, Any] = {"dtype": "float32", "lora_rank": lora_rank, "answer_share": answer_share, "threads": count}
     for length in lengths:
-        results: dict[str, list[dict[str, float]]] = {OURS: [], PLAIN: []}
+        results: dict[str, list[dict[str, Any]]] = {OURS: [], PLAIN: []}
         for number in range(rounds):
             for contestant in (OURS, PLAIN) if number % 2 == 0 else (PLAIN, OURS):
                 step = Step(contestant, length, answer_share, lora_rank, steps, count, shape)
@@ -114,8 +114,8 @@ def measure_training(
                     on_call()
         for contestant, found in results.items():
             for quantity in ("tokens_per_s", "peak_bytes"):
-                values = [result[quantity] for result in found]
-                findings.add(quantity, values, length=length, contestant=contestant, **about)
+                values, attention = [result[quantity] for result in found], found[0]["attention"]
+                findings.add(quantity, values, length=length, contestant=contestant, attention=attention, **about)
         ours, plain = results[OURS], results[PLAIN]
         for quantity, name in (("tokens_per_s", "speedup"), ("peak_bytes", "memory_share")):
             ratios = paired_ratios([result[quantity] for result in ours], [result[quantity] for result in plain])
@@ -123,21 +123,22 @@ def measure_training(
     return findings
 
 
-def _in_process(step: Step) -> dict[str, float]:
+def _in_process(step: Step) -> dict[str, Any]:
     command = [sys.executable, "-m", __name__, json.dumps(asdict(step))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise FastDLLMError(f"the {step.contestant} step at {step.length} tokens died ({reason})")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def run_step(step: Step) -> dict[str, float]:
+def run_step(step: Step) -> dict[str, Any]:
     """Train in this process.
 
     Returns:
-        `tokens_per_s` of the fastest update; `peak_bytes` of the process, and `loss` of the first update.
+        `tokens_per_s` of the fastest update; `peak_bytes` of the process, `loss` of the first update, and the name of
+        the `attention` (see `training.attention`).
     """
     torch.set_num_threads(step.threads)
     torch.manual_seed(0)
@@ -160,7 +161,12 @@ def run_step(step: Step) -> dict[str, float]:
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
-    return {"tokens_per_s": step.length / min(seconds), "peak_bytes": _peak_bytes(), "loss": losses[0]}
+    return {
+        "tokens_per_s": step.length / min(seconds),
+        "peak_bytes": _peak_bytes(),
+        "loss": losses[0],
+        "attention": model.config._attn_implementation,
+    }
 
 
 def _row(step: Step) -> Packed:

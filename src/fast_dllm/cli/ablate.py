@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fast_dllm.cli.options import given, takes
-from fast_dllm.cli.recipe import split_tasks
+from fast_dllm.cli.options import given, listed, takes
 from fast_dllm.files import write_whole
 from fast_dllm.training.options import AdaptOptions
 
@@ -35,7 +34,7 @@ def ablate(
     Prints the share of right answers beside the published one of the 1.5B model, and JSON on the last line (also in
     DIR/ablation.json). A run that was interrupted goes on; one that is done is not trained again.
     """
-    options, tasks = AdaptOptions(**given(settings)), split_tasks(task)
+    options, tasks = AdaptOptions(**given(settings)), listed("task", task, str)
     from fast_dllm.bench.ablation import ablate as train_all
     from fast_dllm.machine import provenance
 

@@ -9,9 +9,9 @@ import typer
 
 from fast_dllm.cli.dry_run import DeviceMemoryOption, DryRunOption, ProcessesOption, ShardedOption
 from fast_dllm.cli.dry_run import dry_run as estimate_run
-from fast_dllm.cli.options import DataOption, SkipOption, given, takes
+from fast_dllm.cli.options import DataOption, SkipOption, given, listed, takes
 from fast_dllm.cli.output import Interrupted, waiting
-from fast_dllm.cli.recipe import Recipe, read_recipe, split_tasks
+from fast_dllm.cli.recipe import Recipe, read_recipe
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.options import AdaptOptions
 
@@ -68,7 +68,7 @@ def adapt(
     if data or task is not None:
         # Whoever names data wants to train on that, and not on the recipe's too.
         written = {key: value for key, value in written.items() if key not in ("data", "tasks")}
-    tasks = None if task is None else split_tasks(task)
+    tasks = None if task is None else listed("task", task, str)
     own = {"model": model, "data": data or None, "tasks": tasks, "task_items": task_items, **settings}
     own["skip_bad_rows"] = skip_bad_rows
     plan = Recipe.from_settings({**written, **given(own)}, needs_data=not dry_run)

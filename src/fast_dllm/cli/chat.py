@@ -20,7 +20,7 @@ from fast_dllm.cli.options import (
     decoding_from_options,
     takes,
 )
-from fast_dllm.cli.output import waiting
+from fast_dllm.cli.output import open_model
 from fast_dllm.config import DecodingConfig
 from fast_dllm.errors import FastDLLMError
 
@@ -50,17 +50,9 @@ def chat(
     a terminal, each line of standard input is one user turn.
     """
     decoding = decoding_from_options(mode, stop, settings)
-    with waiting(f"loading {model}"):
-        from fast_dllm.api import BlockDiffusionLM
-
-        lm = BlockDiffusionLM.from_pretrained(
-            model,
-            dtype=dtype,
-            cache_dtype=cache_dtype,
-            mask_token_id=mask_token_id,
-            base=base,
-            compile=compile,
-        )
+    lm = open_model(
+        model, dtype=dtype, cache_dtype=cache_dtype, mask_token_id=mask_token_id, base=base, compile=compile
+    )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         print(f"{lm.checkpoint.origin}\n{_HELP}", file=sys.stderr)

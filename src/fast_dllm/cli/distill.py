@@ -8,7 +8,7 @@ import typer
 
 from fast_dllm.cli.generate import with_bar
 from fast_dllm.cli.options import BaseOption, DtypeOption, ModelArgument, SkipOption
-from fast_dllm.cli.output import Interrupted, waiting
+from fast_dllm.cli.output import Interrupted, open_model
 
 if TYPE_CHECKING:
     from fast_dllm.data.distill import DistillResult
@@ -54,10 +54,7 @@ def distill(
     decoding = autoregressive(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     asked = read_prompts(prompts, replace_answers=True, bad=bad)
     skipped = bad.count
-    with waiting(f"loading {model}"):
-        from fast_dllm.api import BlockDiffusionLM
-
-        lm = BlockDiffusionLM.from_pretrained(model, dtype=dtype, base=base)
+    lm = open_model(model, dtype=dtype, base=base)
     start = time.perf_counter()
     try:
         result = run(

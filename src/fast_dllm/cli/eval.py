@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from fast_dllm.cli.options import BaseOption, CacheDtypeOption, DtypeOption, ModelArgument, listed
-from fast_dllm.cli.recipe import split_tasks
 from fast_dllm.errors import FastDLLMError
 
 
@@ -95,7 +94,7 @@ def evaluate(
     console = Console() if sys.stdout.isatty() else Console(width=160)
     report = run_eval(
         model,
-        tasks=None if task is None else split_tasks(task),
+        tasks=None if task is None else listed("task", task, str),
         count=items,
         thresholds=thresholds,
         verify=verify,

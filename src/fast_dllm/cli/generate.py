@@ -21,7 +21,7 @@ from fast_dllm.cli.options import (
     decoding_from_options,
     takes,
 )
-from fast_dllm.cli.output import waiting
+from fast_dllm.cli.output import open_model
 from fast_dllm.config import DecodingConfig
 from fast_dllm.data.prompts import Prompt, read_prompts
 from fast_dllm.errors import FastDLLMError
@@ -71,17 +71,9 @@ def generate(
     prompts = _prompts(prompt, prompt_file)
     decoding = decoding_from_options(mode, stop, settings)
     with contextlib.nullcontext(sys.stdout) if out is None else whole_file(out) as file:
-        with waiting(f"loading {model}"):
-            from fast_dllm.api import BlockDiffusionLM
-
-            lm = BlockDiffusionLM.from_pretrained(
-                model,
-                dtype=dtype,
-                cache_dtype=cache_dtype,
-                mask_token_id=mask_token_id,
-                base=base,
-                compile=compile,
-            )
+        lm = open_model(
+            model, dtype=dtype, cache_dtype=cache_dtype, mask_token_id=mask_token_id, base=base, compile=compile
+        )
         answers = lm.answers([row.messages for row in prompts], decoding, max_batch=batch_size)
         if prompt is not None and out is None and not as_json and sys.stdout.isatty():
             _print_text(next(answers))

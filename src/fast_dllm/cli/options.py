@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
-from fast_dllm.config import CacheDtype, DecodingConfig
+from fast_dllm.config import ONE_AT_A_TIME, CacheDtype, DecodingConfig
 from fast_dllm.errors import FastDLLMError
 
 Mode = Literal["diffusion", "ar"]
@@ -135,8 +135,8 @@ def decoding_from_options(mode: Mode, stop: list[str] | None, settings: Mapping[
     """
     chosen = {"max_new_tokens": 256, **given(settings), "stop_strings": tuple(stop or ())}
     if mode == "ar":
-        for name in ("block_size", "small_block_size"):
-            if chosen.setdefault(name, 1) != 1:
+        for name, size in ONE_AT_A_TIME.items():
+            if chosen.setdefault(name, size) != size:
                 raise FastDLLMError(f"{name}={chosen[name]}: --mode ar decodes one token at a time; leave it out")
     return DecodingConfig(**chosen)
 

@@ -3,6 +3,10 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fast_dllm.api import BlockDiffusionLM
 
 
 class Interrupted(Exception):
@@ -19,3 +23,15 @@ def waiting(what: str) -> Iterator[None]:
 
     with Console(stderr=True).status(what):
         yield
+
+
+def open_model(model: str, **settings: Any) -> "BlockDiffusionLM":
+    """Load a model, with a spinner (arguments as for `BlockDiffusionLM.from_pretrained`).
+
+    Raises:
+        FastDLLMError: as that does.
+    """
+    with waiting(f"loading {model}"):
+        from fast_dllm.api import BlockDiffusionLM
+
+        return BlockDiffusionLM.from_pretrained(model, **settings)

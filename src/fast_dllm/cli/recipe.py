@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
+from fast_dllm.cli.options import listed
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.options import AdaptOptions
 
@@ -84,14 +85,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
-def split_tasks(text: str) -> list[str]:
-    """The names in "NAME,NAME"."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def _tasks(path: Path, value: Any) -> list[str]:
     if isinstance(value, str):
-        return split_tasks(value)
+        return list(listed("task", value, str))
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise FastDLLMError(f"{path}: tasks={value!r}: must be a list of task names")
     return value

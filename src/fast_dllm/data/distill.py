@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TextIO, TypeVar
 
-from fast_dllm.config import DecodingConfig
+from fast_dllm.config import ONE_AT_A_TIME, DecodingConfig
 from fast_dllm.data.prompts import Prompt
 from fast_dllm.data.sources import BadRows
 from fast_dllm.errors import FastDLLMError
@@ -65,12 +65,7 @@ def autoregressive(
 ) -> DecodingConfig:
     """Settings of one token at a time, as a model answers before it is adapted."""
     return DecodingConfig(
-        block_size=1,
-        small_block_size=1,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
+        **ONE_AT_A_TIME, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
 
 

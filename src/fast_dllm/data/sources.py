@@ -271,9 +271,9 @@ def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _loaded_rows(source: Source, *, stream: bool) -> Iterator[tuple[str, Any]]:
-    name = source.source
+    name = place = source.source
     if source.is_hub_name:  # two parts of one data set have rows of the same numbers
-        name = " ".join(filter(None, (name, source.subset, source.split)))
+        place = " ".join(filter(None, (name, source.subset, source.split)))
     else:
         open_file(Path(name)).close()
     try:
@@ -284,10 +284,10 @@ def _loaded_rows(source: Source, *, stream: bool) -> Iterator[tuple[str, Any]]:
     # datasets raises what its file systems and the network raise, and of a stream only while it is read.
     try:
         if source.is_hub_name:
-            rows = datasets.load_dataset(source.source, source.subset, split=source.split, streaming=stream)
+            rows = datasets.load_dataset(name, source.subset, split=source.split, streaming=stream)
         else:
-            rows = datasets.load_dataset("parquet", data_files=source.source, split="train", streaming=True)
+            rows = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield f"{name} row:{number}", row
+            yield f"{place} row:{number}", row
     except Exception as error:
         raise FastDLLMError(f"{name}: datasets cannot load it ({one_line(error)})") from error

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.config import DecodingConfig
+from fast_dllm.config import ONE_AT_A_TIME, DecodingConfig
 from fast_dllm.data.tasks import Item, is_correct
 from fast_dllm.progress import progress_columns
 from fast_dllm.spread import spread
@@ -21,7 +21,7 @@ Mode = Literal["ar", "diffusion"]
 MODES: tuple[Mode, Mode] = ("ar", "diffusion")
 
 DECODING: dict[Mode, DecodingConfig] = {
-    "ar": DecodingConfig(max_new_tokens=128, block_size=1, small_block_size=1),
+    "ar": DecodingConfig(**ONE_AT_A_TIME, max_new_tokens=128),
     "diffusion": DecodingConfig(max_new_tokens=128),
 }
 

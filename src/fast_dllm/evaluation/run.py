@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.config import CacheDtype, DecodingConfig, TaskItems
+from fast_dllm.config import ONE_AT_A_TIME, CacheDtype, DecodingConfig, TaskItems
 from fast_dllm.data.tasks import TASKS
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.evaluation.benchmark import Benchmark, evaluate
@@ -18,7 +18,7 @@ from fast_dllm.evaluation.harness_tasks import load_benchmarks
 from fast_dllm.evaluation.outcome import Outcome
 from fast_dllm.evaluation.procedural import MAX_NEW_TOKENS, ProceduralBenchmark
 from fast_dllm.evaluation.report import print_report, to_report
-from fast_dllm.evaluation.ways import AUTOREGRESSIVE, ONE_BY_ONE, ways_to_decode
+from fast_dllm.evaluation.ways import AR, ways_to_decode
 from fast_dllm.files import write_whole
 from fast_dllm.machine import provenance
 from fast_dllm.progress import progress_columns
@@ -87,8 +87,8 @@ def run_eval(
     benchmarks = [*_procedural(names, count, max_new_tokens, trained_on), *others]
     asked = [(lm, name, decoding) for name, decoding in _ways(lm, benchmarks, thresholds, verify).items()]
     if other is not None:
-        asked.insert(0, (other, f"AR of {baseline}", ONE_BY_ONE))
-    elif asked[0][1] != AUTOREGRESSIVE:
+        asked.insert(0, (other, f"AR of {baseline}", DecodingConfig(**ONE_AT_A_TIME)))
+    elif asked[0][1] != AR:
         raise FastDLLMError(
             f"{model}: has no autoregressive answers to compare with; name a baseline (--against MODEL)"
         )
@@ -162,4 +162,4 @@ def _ways(
         raise FastDLLMError(
             f"{', '.join(likelihoods)}: compares likelihoods and decodes nothing; evaluate it by itself"
         )
-    return {AUTOREGRESSIVE: ONE_BY_ONE}
+    return {AR: DecodingConfig(**ONE_AT_A_TIME)}

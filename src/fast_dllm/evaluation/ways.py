@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 from fast_dllm.api import BlockDiffusionLM
-from fast_dllm.config import DecodingConfig
+from fast_dllm.config import ONE_AT_A_TIME, DecodingConfig
 
-AUTOREGRESSIVE = "AR"
-ONE_BY_ONE = DecodingConfig(block_size=1, small_block_size=1)
-"""How AR decodes."""
+AR = "AR"
+"""The name of one token at a time."""
 
 
 def ways_to_decode(
@@ -28,7 +27,7 @@ def ways_to_decode(
     Raises:
         FastDLLMError: for True, where the model cannot verify.
     """
-    ways = {} if lm.config.context_attention == "full" else {AUTOREGRESSIVE: ONE_BY_ONE}
+    ways = {} if lm.config.context_attention == "full" else {AR: DecodingConfig(**ONE_AT_A_TIME)}
     if lm.config.block_size == 1:  # not adapted
         return ways
     verifies = DecodingConfig(verify=verify).verifies(lm.config)

@@ -109,7 +109,12 @@ def rows_of(samples: Iterable[Sample], config: BlockDiffusionConfig, options: Ad
     Raises:
         FastDLLMError: when there is nothing to learn from.
     """
-    rows = list(lay_rows(samples, config, options))
+    samples = list(samples)
+    if options.pack:
+        rows = list(lay_rows(samples, config, options))
+    else:  # one that is drawn often, by its source's weight, is laid once
+        laid = {key: list(lay_rows([sample], config, options)) for key, sample in {id(s): s for s in samples}.items()}
+        rows = [row for sample in samples for row in laid[id(sample)]]
     if not rows:
         raise FastDLLMError(NOTHING_TO_LEARN)
     return rows
