@@ -45,6 +45,11 @@ class Peaks:
         return cls(int(machine["threads"]), float(machine["bandwidth_gb_per_s"]) * 1e9, flops)
 
 
+def emulates_bfloat16() -> bool:
+    """Whether torch multiplies bfloat16 here by widening number after number, far slower than float32."""
+    return not torch.accelerator.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def measure_peaks(dtypes: Iterable[str]) -> Peaks:
     """Measure bandwidth, and the matrix product in each dtype, with torch's present number of threads.
 

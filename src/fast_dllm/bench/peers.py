@@ -15,6 +15,7 @@ from fast_dllm.bench.bench import Bench
 from fast_dllm.bench.decode import Decoded, decode
 from fast_dllm.bench.gguf_file import check_writable, gguf_of, write_f16
 from fast_dllm.bench.llamacpp import LlamaCpp, system_info
+from fast_dllm.bench.peaks import emulates_bfloat16
 from fast_dllm.bench.setting import AR, Setting, can_diffuse, can_go_one_by_one, diffusion
 from fast_dllm.bench.throughput import Contestant, ask, fastest_alone, standing
 from fast_dllm.bench.timing import WARM_UP, WARM_UP_TOKENS, Timed, paired_ratios
@@ -247,8 +248,7 @@ def _ratio_name(setting: Setting, dtype: str, peer: str) -> str | None:
 def _dtype_of_transformers(dtype: str) -> str:
     """What it runs in where we run in a dtype: it has no int8 of its own, and some CPUs have no bfloat16."""
     theirs = "bfloat16" if dtype == "int8" else dtype
-    emulated = not torch.accelerator.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "float32" if theirs == "bfloat16" and emulated else theirs
+    return "float32" if theirs == "bfloat16" and emulates_bfloat16() else theirs
 
 
 def _note_peer(bench: Bench, peer: str, score: _Score) -> None:

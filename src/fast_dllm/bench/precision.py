@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fast_dllm.api import BlockDiffusionLM, make_backbone
 from fast_dllm.bench.bench import Bench
+from fast_dllm.bench.peaks import emulates_bfloat16
 from fast_dllm.bench.setting import Setting, usual_settings
 from fast_dllm.bench.throughput import ask
 from fast_dllm.config import CacheDtype
@@ -71,7 +72,9 @@ def _contestants(bench: Bench) -> Iterator[tuple[str, BlockDiffusionLM]]:
         other: CacheDtype = "bfloat16" if lm.backbone.cache_dtype == "int8" else "int8"
         backbone = make_backbone(lm.checkpoint, int8=dtype == "int8", cache_dtype=other)
         yield dtype, BlockDiffusionLM(lm.checkpoint, backbone)
-        if dtype == "bfloat16":
+        if dtype == "bfloat16" and emulates_bfloat16():
+            bench.findings.skip("precision of torch's kernels in bfloat16", "this CPU emulates bfloat16")
+        elif dtype == "bfloat16":
             model, attention = lm.checkpoint.model, lm.config.context_attention
             torch_kernels = NativeBackbone(model, attention, lm.backbone.max_length, kernels="torch")
             yield dtype, BlockDiffusionLM(lm.checkpoint, torch_kernels)

@@ -33,9 +33,8 @@ def bench_train(
     sizes = listed("lengths", lengths, int)
     if not sizes or any(size < 32 or size % 32 for size in sizes):
         raise FastDLLMError(f"--lengths {lengths}: must be multiples of 32 with commas between them")
-    from fast_dllm.bench.training import measure_training
+    from fast_dllm.bench.training import ATTENTION, measure_training
     from fast_dllm.machine import provenance
-    from fast_dllm.training.attention import WHY_IN_PIECES
 
     findings = measure_training(
         sizes, rounds=rounds, steps=steps, lora_rank=lora_rank, answer_share=answer_share, threads=threads
@@ -49,7 +48,7 @@ def bench_train(
             shown = f"{paired['value']:.2f} ({low:.2f} to {high:.2f})"
             name = "tokens/s" if scale == 1.0 else "peak GB"
             typer.echo(f"{length:>6}  {name:<14} {ours:>10.2f} {plain:>10.2f} {shown:>32}")
-    typer.echo(f"attention: {WHY_IN_PIECES}")
+    typer.echo(f"attention: {ATTENTION}")
     report = json.dumps({**provenance(), **findings.records})
     if out is not None:
         with whole_file(out) as file:

@@ -88,7 +88,7 @@ def run_eval(
     asked = [(lm, name, decoding) for name, decoding in _ways(lm, benchmarks, thresholds, verify).items()]
     if other is not None:
         asked.insert(0, (other, f"AR of {baseline}", DecodingConfig(**ONE_AT_A_TIME)))
-    elif asked[0][1] != AR:
+    elif not asked or asked[0][1] != AR:
         raise FastDLLMError(
             f"{model}: has no autoregressive answers to compare with; name a baseline (--against MODEL)"
         )

@@ -26,13 +26,6 @@ PIECE = 96
 """Queries of a piece: longer ones compute more scores that are hidden, shorter ones make more calls."""
 
 
-WHY_IN_PIECES = (
-    f"ours in pieces of {PIECE} queries over the keys that one of them sees, by torch's fused kernel: the mask shows "
-    "about a sixth of all scores, which the plain step computes, and flex_attention has no backward on a CPU"
-)
-"""Which attention was chosen, and why, for people."""
-
-
 class Piece(NamedTuple):
     """Some queries, and what they see.
 

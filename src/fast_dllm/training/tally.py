@@ -35,7 +35,7 @@ class Tally:
         """
         # Apple's GPUs have no float64.
         precise = torch.float32 if losses.device.type == "mps" else torch.float64
-        sums = self._sums = self._sums.to(losses.device, precise)
+        sums = self._sums = self._sums.to(precise).to(losses.device)
         losses = losses.detach().to(precise)
         values = torch.stack([losses, torch.ones_like(losses)], dim=1)
         share = (hidden_share * _PARTS).ceil().long().clamp(1, _PARTS) - 1
