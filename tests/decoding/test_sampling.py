@@ -173,3 +173,24 @@ def test_nucleus_ends_with_the_token_that_reaches_top_p_exactly():
         torch.zeros(1, 4, dtype=torch.float64), None, "probability", parameters([0.99], top_p=0.5)
     )
     assert (token.item(), confidence.item()) == (1, 0.5)
+
+
+@pytest.mark.parametrize("measure", ["probability", "margin", "entropy"])
+def test_a_row_of_a_large_vocabulary_is_bitwise_what_it_is_alone(measure):
+    """With several threads torch.sum adds a single row of more than 32,768 numbers up in parts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        logits = 3 * torch.randn(4, 49_152, generator=torch.Generator().manual_seed(0))
+        settings = [torch.tensor([0.7, 1.0, 1.3, 0.9]), torch.tensor([0, 50, 0, 40_000])]
+        settings += [torch.tensor([1.0, 0.9, 0.8, 0.95]), torch.tensor([0.3, 0.6, 0.9, 0.999])]
+
+        def chosen(rows):
+            drawn = sample(logits[rows], BANNED, measure, SamplingParameters(*(field[rows] for field in settings)))
+            return *greedy(logits[rows], BANNED, measure), *drawn
+
+        together, alone = chosen(slice(None)), [chosen(slice(i, i + 1)) for i in range(4)]
+        for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
+            assert torch.equal(whole, torch.cat(parts))
+    finally:
+        torch.set_num_threads(threads)

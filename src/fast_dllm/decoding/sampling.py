@@ -1,4 +1,8 @@
-"""Logits to (token, confidence), per row."""
+"""Logits to (token, confidence), each row by itself.
+
+So nothing is added up by torch.sum or logsumexp: over a single row as long as a vocabulary they add in another order
+than over several, and a token would hang on who is decoded beside it. softmax and cumsum do not.
+"""
 
 import math
 from typing import NamedTuple
@@ -37,15 +41,8 @@ def greedy(logits: Tensor, banned: int | None, measure: ConfidenceMeasure) -> tu
     Returns:
         tokens int64 [N], confidence [N].
     """
-    if measure != "probability":
-        probability = logits.softmax(-1)
-        token = (probability if banned is None else ban(probability, banned)).argmax(-1, keepdim=True)
-        return token[:, 0], confidence_of(probability, token, measure)
-    normaliser = logits.logsumexp(-1)
-    if banned is not None:
-        logits = ban(logits, banned)
-    best, tokens = logits.max(-1)
-    return tokens, (best - normaliser).exp()
+    token = (logits if banned is None else ban(logits, banned)).argmax(-1, keepdim=True)
+    return token[:, 0], confidence_of(logits.softmax(-1), token, measure)
 
 
 def sample(
@@ -67,20 +64,19 @@ def sample(
     if banned is not None:
         logits = ban(logits, banned)
     ranked, order = (logits / parameters.temperature[:, None]).sort(dim=-1, descending=True, stable=True)
-    probability = ranked.softmax(-1)
     rank = torch.arange(logits.shape[-1], device=logits.device)
-    kept = torch.where(parameters.top_k > 0, parameters.top_k, logits.shape[-1])[:, None] > rank
-    truncated = probability * kept
+    top_k = torch.where(parameters.top_k > 0, parameters.top_k, logits.shape[-1])
+    ranked = ranked.masked_fill(rank >= top_k[:, None], -torch.inf)
+    probability = ranked.softmax(-1)
     # A token is kept while the ones before it hold less than top_p: the first is always kept.
-    before = truncated.cumsum(-1) - truncated
-    truncated = truncated * (before < parameters.top_p[:, None] * truncated.sum(-1, keepdim=True))
-    truncated = truncated / truncated.sum(-1, keepdim=True)
-    cumulative = truncated.cumsum(-1)
+    before = probability.cumsum(-1) - probability
+    probability = ranked.masked_fill(before >= parameters.top_p[:, None], -torch.inf).softmax(-1)
+    cumulative = probability.cumsum(-1)
     # The last partial sum may round to less than a draw of almost 1; stay among the kept.
     drawn = torch.searchsorted(cumulative, parameters.uniform[:, None]).clamp(
-        max=(truncated > 0).sum(-1, keepdim=True) - 1
+        max=(probability > 0).sum(-1, keepdim=True) - 1
     )
-    confidence = confidence_of(truncated, drawn, measure)
+    confidence = confidence_of(probability, drawn, measure)
     return order.gather(-1, drawn)[:, 0], confidence
 
 
@@ -107,5 +103,5 @@ def confidence_of(probability: Tensor, token: Tensor, measure: ConfidenceMeasure
         return of_token
     if measure == "margin":
         return of_token - probability.scatter(-1, token, -1.0).amax(-1).clamp(min=0.0)
-    entropy: Tensor = torch.special.entr(probability).sum(-1)
+    entropy: Tensor = torch.special.entr(probability).cumsum(-1)[:, -1]
     return 1 - entropy / math.log(probability.shape[-1])
