@@ -145,3 +145,16 @@ def test_a_packed_row_is_frozen():
     assert isinstance(row, Packed)
     with pytest.raises(AttributeError):
         row.input_ids = row.input_ids
+
+
+@given(lengths, block_sizes, st.booleans())
+def test_samples_that_are_not_separate_read_on_as_one(sizes, block_size, pad_blocks):
+    samples = make_samples(sizes)
+    settings = {"length": LENGTH, "block_size": block_size, "pad_id": PAD, "pad_blocks": pad_blocks}
+    apart, together = (pack(samples, **settings, separate=separate) for separate in (True, False))
+    for own, joined in zip(apart, together, strict=True):
+        assert torch.equal(own.input_ids, joined.input_ids)
+        assert torch.equal(own.loss_mask, joined.loss_mask)
+        inside = own.document_ids != NO_DOCUMENT
+        assert torch.equal(joined.document_ids[inside], torch.zeros_like(own.document_ids[inside]))
+        assert joined.position_ids[inside].tolist() == list(range(int(inside.sum())))

@@ -159,11 +159,13 @@ def test_other_data_in_the_same_place_is_refused(base, tmp_path, stream):
         adapt(base, (lambda epoch: theirs) if stream else theirs, options, tmp_path / "out")
 
 
-def test_a_run_of_a_release_that_noted_no_data_goes_on(base, tmp_path):
+def test_a_run_of_a_release_that_noted_less_goes_on(base, tmp_path):
     adapt(base, make_samples(), OPTIONS, tmp_path / "out")
     noted = tmp_path / "out.run" / "options.json"
     settings = json.loads(noted.read_text())
-    noted.write_text(json.dumps({key: value for key, value in settings.items() if key != "data"}))
+    noted.write_text(
+        json.dumps({key: value for key, value in settings.items() if key not in ("data", "separate_documents")})
+    )
     assert adapt(base, make_samples(), OPTIONS, tmp_path / "out").steps == 6
     assert json.loads(noted.read_text()) == settings
 

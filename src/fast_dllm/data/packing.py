@@ -51,7 +51,13 @@ def pad_to_blocks(sample: Sample, block_size: int, pad_id: int) -> Sample:
 
 
 def pack(
-    samples: Sequence[Sample], *, length: int, block_size: int, pad_id: int, pad_blocks: bool = True
+    samples: Sequence[Sample],
+    *,
+    length: int,
+    block_size: int,
+    pad_id: int,
+    pad_blocks: bool = True,
+    separate: bool = True,
 ) -> list[Packed]:
     """Pack samples into rows, each sample into the first row that has room.
 
@@ -62,6 +68,8 @@ def pack(
         pad_id: the mask token's id.
         pad_blocks: pad each sample to whole blocks, so that documents start on block borders. False is the
             "naive" ablation: samples follow each other, only the row's end is padded.
+        separate: each sample is a document of its own. False makes one of all samples in a row, as the published code
+            does: positions run on, and a sample sees those before it.
 
     Returns:
         Rows of whole blocks, at most `length` long; inside a row, samples keep their order.
@@ -81,7 +89,8 @@ def pack(
             raise FastDLLMError(f"sample {index} has {size} tokens, more than length={length}; truncate it")
     documents = [pad_to_blocks(sample, block_size, pad_id) if pad_blocks else sample for sample in samples]
     rows = first_fit([len(document.input_ids) for document in documents], length)
-    return [_to_row([documents[index] for index in row], block_size, pad_id) for row in rows]
+    chosen = ([documents[index] for index in row] for row in rows)
+    return [_to_row(row if separate else [_joined(row)], block_size, pad_id) for row in chosen]
 
 
 def collate(rows: Sequence[Packed], pad_id: int) -> dict[str, torch.Tensor]:
@@ -102,6 +111,11 @@ def collate(rows: Sequence[Packed], pad_id: int) -> dict[str, torch.Tensor]:
         )
         for name, value in padding.items()
     }
+
+
+def _joined(samples: Sequence[Sample]) -> Sample:
+    ids = [token for sample in samples for token in sample.input_ids]
+    return replace(samples[0], input_ids=ids, loss_mask=[loss for sample in samples for loss in sample.loss_mask])
 
 
 def _to_row(documents: Sequence[Sample], block_size: int, pad_id: int) -> Packed:

@@ -33,7 +33,9 @@ class AdaptOptions(_FromMapping):
             verify their drafts against their autoregressive answers, which only this loss trains: give it 0.5, say.
         stream: read the data while it is trained, and again for every epoch, instead of holding all of it.
         shuffle_buffer: of a stream: documents that are held to choose the next one from; 0 keeps their order.
-        pack: pack samples into rows of `max_length`, with per-document masks and restarted positions.
+        pack: pack samples into rows of `max_length`.
+        separate_documents: of a pack: positions begin anew with every sample, and no sample sees another (off: as the
+            published code, samples of a row read on as one).
         lora_rank: rank of a new LoRA adapter on all linear layers (one that is trained on keeps its own); 0 trains all
             weights.
         lora_alpha: scale of a new adapter; None is twice the rank.
@@ -75,6 +77,7 @@ class AdaptOptions(_FromMapping):
     stream: bool = False
     shuffle_buffer: int = 10_000
     pack: bool = False
+    separate_documents: bool = True
     lora_rank: int = 32
     lora_alpha: int | None = None
     gated_lora: bool = False

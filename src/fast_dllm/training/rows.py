@@ -48,31 +48,34 @@ def _digest(samples: Iterable[Sample]) -> str:
 
 
 def no_longer_than(
-    samples: Sequence[Sample] | Epochs, positions: int | None, block_size: int
+    samples: Sequence[Sample] | Epochs, positions: int | None, options: AdaptOptions
 ) -> Sequence[Sample] | Epochs:
     """The samples, of which none is longer than what the model will decode.
 
     Args:
         samples: to train on.
         positions: of the model (`Checkpoint.max_length`); None for no limit.
-        block_size: D.
+        options: of the run.
 
     Raises:
-        FastDLLMError: for one that is; of `Epochs`, when it is read.
+        FastDLLMError: for one that is, or a row whose samples are read as one; of `Epochs`, when it is read.
     """
     if positions is None:
         return samples
     most = positions
 
+    def check(tokens: int, what: str) -> None:
+        if tokens > most:
+            remedy = f"give --max-length {most // options.block_size * options.block_size}"
+            raise FastDLLMError(f"{what} has {tokens} tokens, and the model {most} positions; {remedy}")
+
     def checked(read: Iterable[Sample]) -> Iterator[Sample]:
         for sample in read:
-            if len(sample.input_ids) > most:
-                raise FastDLLMError(
-                    f"a sample has {len(sample.input_ids)} tokens, and the model {most} positions; "
-                    f"give --max-length {most // block_size * block_size}"
-                )
+            check(len(sample.input_ids), "a sample")
             yield sample
 
+    if options.pack and not options.separate_documents:
+        check(options.max_length, "a row")
     return (lambda epoch: checked(samples(epoch))) if callable(samples) else list(checked(samples))
 
 
@@ -140,6 +143,7 @@ def lay_rows(
             block_size=config.block_size,
             pad_id=config.mask_token_id or 0,
             pad_blocks=options.pad_to_block,
+            separate=options.separate_documents,
         )
 
 

@@ -20,19 +20,18 @@ class RunDirectory:
         self.log = path / "log.jsonl"
         self._settings = path / "options.json"
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
+    def claim(self, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         """Make the directory this run's, and take away saves that a killed process left unfinished.
 
         Args:
-            settings: all that the weights depend on, "data" among them; a run goes on only with those it began with.
+            settings: all that the weights depend on; a run goes on only with those it began with.
+            defaults: what holds for a run of an earlier release, which did not know all of them.
 
         Raises:
             FastDLLMError: when it holds a run with other settings, or cannot be written.
         """
         recorded = self._recorded()
-        if recorded is not None:
-            recorded.setdefault("data", settings["data"])  # releases before did not note it
-        if recorded is not None and recorded != settings:
+        if recorded is not None and (recorded := {**defaults, **recorded}) != settings:
             differing = ", ".join(key for key in {**recorded, **settings} if recorded.get(key) != settings.get(key))
             raise FastDLLMError(
                 f"{self.path} holds a run with other settings ({differing}); choose another output directory or "
