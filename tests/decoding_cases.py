@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
 from fast_dllm.decoding.reference import hf_logits, reference_generate
 from fast_dllm.generation import generate_batch
 from fast_dllm.model.backbone import ForwardBatch, RowSpan
+from fast_dllm.model.compiled import why_not_compiled
 from fast_dllm.model.hf import HFBackbone
 from tiny import ARCHITECTURES, tiny_model
 
@@ -114,6 +116,19 @@ def cases(draw):
     full = config.context_attention == "full"
     return Case(architecture, config, draw(prompts), draw(decodings(full=full)))
 
+
+needs_compiler = pytest.mark.skipif(
+    why_not_compiled(torch.device("cpu"), torch.float32, "dense") is not None, reason="nothing can be compiled here"
+)
+
+# Rows (slot, start, end, visible_end, noisy_from, block size): a prefill, two commits, and a mix of a sub-block,
+# a commit and a block over what those left in the slots.
+FORWARDS = [
+    [RowSpan(0, 0, 16, 16, 16, 8)],
+    [RowSpan(1, 0, 8, 8, 8, 8), RowSpan(2, 0, 8, 8, 8, 8)],
+    [RowSpan(2, 10, 13, 16, 8, 8), RowSpan(0, 16, 24, 24, 24, 8), RowSpan(1, 8, 16, 16, 8, 8)],
+    [RowSpan(0, 24, 40, 40, 32, 8)],
+]
 
 STEPS = {
     "a block": lambda end: [RowSpan(1, end - 8, end, end, end - 8, 8)],

@@ -7,22 +7,18 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from decoding_cases import STEPS, bytes_allocated, confident_model, tokens
+from decoding_cases import STEPS, bytes_allocated, confident_model, needs_compiler, tokens
 from fast_dllm.api import BlockDiffusionLM, make_backbone
 from fast_dllm.checkpoint.checkpoint import Checkpoint
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.generation import generate_batch
 from fast_dllm.model.backbone import ForwardBatch, RowSpan
-from fast_dllm.model.compiled import _kernel_options, bucket_size, why_not_compiled
+from fast_dllm.model.compiled import _kernel_options, bucket_size
 from fast_dllm.model.native import NativeBackbone
 from tiny import save_tiny, tiny_model
 
-CPU = torch.device("cpu")
 STOPS = (5, 9)
-needs_compiler = pytest.mark.skipif(
-    why_not_compiled(CPU, torch.float32, "dense") is not None, reason="nothing can be compiled here"
-)
 
 # Rows (slot, start, end, visible_end, noisy_from, block size). Two tiles of positions, the first of which sees three
 # rows; then a sub-block, a commit and a block over what those left in the slots.

@@ -3,11 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_compiled import needs_compiler
-from test_kernels import ROWS, Layer, angles, assert_near, both_caches, both_kinds, emulated
-from test_native import FORWARDS
 
-from decoding_cases import MASK, tokens
+from decoding_cases import FORWARDS, MASK, needs_compiler, tokens
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
 from fast_dllm.gated_lora import LowRank, gate_adapter
 from fast_dllm.generation import generate_batch
@@ -16,6 +13,7 @@ from fast_dllm.model.hf import HFBackbone
 from fast_dllm.model.kernels import load_kernels
 from fast_dllm.model.native import NativeBackbone
 from fast_dllm.model.weights import LayerWeights
+from kernel_layers import ROWS, Layer, angles, assert_near, both_caches, both_kinds, emulated
 from packed_cache import random_cache
 from tiny import tiny_model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from decoding_cases import STEPS, backbone, bytes_allocated, cases, confident_model, tokens
+from decoding_cases import FORWARDS, STEPS, backbone, bytes_allocated, cases, confident_model, tokens
 from fast_dllm.api import BlockDiffusionLM, make_backbone
 from fast_dllm.checkpoint.checkpoint import Checkpoint
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
@@ -17,15 +17,6 @@ from fast_dllm.model.hf import HFBackbone
 from fast_dllm.model.native import NativeBackbone
 from fast_dllm.model.weights import unknown_to_native
 from tiny import ARCHITECTURES, tiny_model
-
-# Rows (slot, start, end, visible_end, noisy_from, block size): a prefill, two commits, and a mix of a sub-block,
-# a commit and a block over what those left in the slots.
-FORWARDS = [
-    [RowSpan(0, 0, 16, 16, 16, 8)],
-    [RowSpan(1, 0, 8, 8, 8, 8), RowSpan(2, 0, 8, 8, 8, 8)],
-    [RowSpan(2, 10, 13, 16, 8, 8), RowSpan(0, 16, 24, 24, 24, 8), RowSpan(1, 8, 16, 16, 8, 8)],
-    [RowSpan(0, 24, 40, 40, 32, 8)],
-]
 
 
 def logits_of(models):
