@@ -105,7 +105,7 @@ def make_engine(
         requests: prompts with their settings.
         stop_token_ids: of the checkpoint.
         max_batch: requests that run at once.
-        prefill_chunk: see `Engine`. By default prompts run whole: nobody waits beside them.
+        prefill_chunk: see `Engine`. By default prompts run whole, several in a tick up to a bound.
         prefix_cache: see `Engine`. By default the forwards of a prompt are the same whatever ran before it.
 
     Raises:

@@ -95,7 +95,7 @@ def test_half_written_files_are_neither_resumed_from_nor_in_the_way(command, tmp
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"\x08\x00")
     (half / "trainer_state.json").write_text('{"global_st')
-    (run / "options.part").write_text('{"sour')
+    (run / ".options.json.abc").write_text('{"sour')
     done = subprocess.run(command(out), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "40 of 40" in done.stdout

@@ -68,13 +68,12 @@ def test_two_processes_train_as_one(tmp_path, config, flags, options):
     assert whole.keys() == parallel.keys()
     for weight in whole:
         assert whole[weight] == pytest.approx(parallel[weight], abs=1e-3 if exact else 0.1), weight
-    if sharded:
-        shutil.rmtree(tmp_path / "two")
-        shutil.rmtree(tmp_path / "two.run" / "checkpoint-20")
-        run(base, tmp_path / "two", launch(config), *flags, batch_size=8 // share, **options)
-        resumed = load_file(tmp_path / "two" / name)
-        for weight in parallel:
-            assert torch.equal(resumed[weight], parallel[weight]), weight
+    shutil.rmtree(tmp_path / "two")
+    shutil.rmtree(tmp_path / "two.run" / "checkpoint-20")
+    run(base, tmp_path / "two", launch(config), *flags, batch_size=8 // share, **options)
+    resumed = load_file(tmp_path / "two" / name)
+    for weight in parallel:
+        assert torch.equal(resumed[weight], parallel[weight]), weight
 
 
 @pytest.mark.timeout(300)

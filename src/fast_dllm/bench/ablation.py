@@ -53,12 +53,14 @@ class VariantOutcome:
 
     Attributes:
         name: of the variant.
+        changes: as there.
         published: as there.
         right: share of right answers of each seed, block diffusion one token per forward as in the published table.
         tokens_per_forward: of each seed, at threshold 0.9, unverified too.
     """
 
     name: str
+    changes: dict[str, Any]
     published: float | None
     right: list[float]
     tokens_per_forward: list[float]
@@ -118,7 +120,7 @@ def ablate(
             share, tokens = _ask(BlockDiffusionLM.from_pretrained(target), questions)
             right.append(share)
             parallel.append(tokens)
-        outcomes.append(VariantOutcome(variant.name, variant.published, right, parallel))
+        outcomes.append(VariantOutcome(variant.name, dict(variant.changes), variant.published, right, parallel))
     return outcomes
 
 

@@ -8,7 +8,7 @@ import typer
 
 from fast_dllm.cli.options import listed
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.files import whole_file
+from fast_dllm.files import write_whole
 
 
 def bench_train(
@@ -49,8 +49,9 @@ def bench_train(
             name = "tokens/s" if scale == 1.0 else "peak GB"
             typer.echo(f"{length:>6}  {name:<14} {ours:>10.2f} {plain:>10.2f} {shown:>32}")
     typer.echo(f"attention: {ATTENTION}")
-    report = json.dumps({**provenance(), **findings.records})
-    if out is not None:
-        with whole_file(out) as file:
-            file.write(report + "\n")
+    about = provenance()
+    about["machine"]["threads"] = about["machine"]["threads"] if threads is None else threads  # of each process
+    report = json.dumps({**about, **findings.records})
     print(report)
+    if out is not None:
+        write_whole(out, report + "\n")

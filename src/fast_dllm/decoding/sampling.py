@@ -1,7 +1,7 @@
 """Logits to (token, confidence), each row by itself.
 
 So nothing is added up by torch.sum or logsumexp: over a single row as long as a vocabulary they add in another order
-than over several, and a token would hang on who is decoded beside it. softmax and cumsum do not.
+than over several, and a token would hang on who is decoded beside it. softmax does not, and cumsum not on a CPU.
 """
 
 import math
@@ -69,9 +69,9 @@ def sample(
     ranked = ranked.masked_fill(rank >= top_k[:, None], -torch.inf)
     probability = ranked.softmax(-1)
     # A token is kept while the ones before it hold less than top_p: the first is always kept.
-    before = probability.cumsum(-1) - probability
+    before = _partial_sums(probability) - probability
     probability = ranked.masked_fill(before >= parameters.top_p[:, None], -torch.inf).softmax(-1)
-    cumulative = probability.cumsum(-1)
+    cumulative = _partial_sums(probability)
     # The last partial sum may round to less than a draw of almost 1; stay among the kept.
     drawn = torch.searchsorted(cumulative, parameters.uniform[:, None]).clamp(
         max=(probability > 0).sum(-1, keepdim=True) - 1
@@ -103,5 +103,12 @@ def confidence_of(probability: Tensor, token: Tensor, measure: ConfidenceMeasure
         return of_token
     if measure == "margin":
         return of_token - probability.scatter(-1, token, -1.0).amax(-1).clamp(min=0.0)
-    entropy: Tensor = torch.special.entr(probability).cumsum(-1)[:, -1]
+    entropy: Tensor = _partial_sums(torch.special.entr(probability))[:, -1]
     return 1 - entropy / math.log(probability.shape[-1])
+
+
+def _partial_sums(values: Tensor) -> Tensor:
+    """Of each row [N, V]."""
+    if values.is_cuda and len(values) == 1:  # it would be scanned by another algorithm than several
+        return values.expand(2, -1).cumsum(-1)[:1]
+    return values.cumsum(-1)

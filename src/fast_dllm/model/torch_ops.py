@@ -7,6 +7,7 @@ and outputs of a linear layer, G query heads per K/V head, E width of a head.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from fast_dllm.model.weights import LayerWeights, Shape
 
 _ALIGNED = 64
 """Bytes to which tensors in one piece of memory are aligned, as torch's own are."""
+
+_LARGEST_KEPT = 64 << 20
+"""Bytes of a mask above which it gets memory of its own: that of a long prompt, which is not to be held afterwards."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,16 @@ class TorchSteps:
 
 
 class _Masks:
-    """The masks of a forward, in memory that the next one takes again: it is as large as the largest so far needed."""
+    """The masks of a forward over one cache, in memory that the next forward takes again."""
 
-    def __init__(self) -> None:
-        self._columns = torch.empty(0, dtype=torch.long)
-        self._memory = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, device: torch.device) -> None:
+        """Take no memory yet.
+
+        Args:
+            device: of the cache.
+        """
+        self._columns = torch.empty(0, dtype=torch.long, device=device)
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._used = 0
 
     def begin(self) -> None:
@@ -133,20 +142,23 @@ class _Masks:
         Returns:
             [R, 1, G * Q, K]: 0, or -inf for keys that are not seen.
         """
-        if len(self._columns) < keys or self._columns.device != ends.device:
-            self._columns = torch.arange(2 * keys, device=ends.device)
+        if len(self._columns) < keys:
+            self._columns = torch.arange(2 * keys, device=self._columns.device)
         rows, queries = ends.shape
-        hidden = self._take((rows, 1, 1, queries, keys), torch.bool, ends.device)
+        hidden = self._take((rows, 1, 1, queries, keys), torch.bool)
         torch.ge(self._columns[:keys], ends[:, None, None, :, None], out=hidden)
-        mask = self._take((rows, 1, share, queries, keys), dtype, ends.device)
+        mask = self._take((rows, 1, share, queries, keys), dtype)
         return mask.zero_().masked_fill_(hidden, -torch.inf).view(rows, 1, share * queries, keys)
 
-    def _take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
-        if self._used + size > len(self._memory) or self._memory.device != device:
-            self._memory, self._used = torch.empty(2 * size, dtype=torch.uint8, device=device), 0
-        taken = self._memory[self._used : self._used + size]
-        self._used += -(-size // _ALIGNED) * _ALIGNED
+        if size > _LARGEST_KEPT:
+            return torch.empty(shape, dtype=dtype, device=self._memory.device)
+        end = self._used + size
+        if end > len(self._memory):  # what the forward has taken so far stays where it is
+            self._memory = torch.empty(end + end // 4, dtype=torch.uint8, device=self._memory.device)
+        taken = self._memory[self._used : end]
+        self._used = -(-end // _ALIGNED) * _ALIGNED
         return taken.view(dtype).view(shape)
 
 
@@ -164,7 +176,7 @@ class TorchOps(TorchSteps):
         """
         super().__init__(shape, attention, device)
         self._precision: Precision = precision
-        self._masks = _Masks()
+        self._masks: WeakKeyDictionary[SlabCache, _Masks] = WeakKeyDictionary()
 
     def make_linear(self, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None) -> Linear:
         """A layer from weights [O, I], bias [O] and what a gated adapter adds."""
@@ -183,8 +195,9 @@ class TorchOps(TorchSteps):
         """Prepare a forward (see `Steps.plan`)."""
         cos, sin = cos[batch.positions, None], sin[batch.positions, None]
         masked = None if masked is None else masked[:, None].to(self._shape.dtype)
-        self._masks.begin()
-        return _Plan(batch, cache, self._groups(batch), torch.cat([cos, cos], dim=-1), sin, masked)
+        masks = self._masks.setdefault(cache, _Masks(self._device))
+        masks.begin()
+        return _Plan(batch, cache, self._groups(batch, masks), torch.cat([cos, cos], dim=-1), sin, masked)
 
     def layers(self, layers: Sequence[LayerWeights], hidden: Tensor, plan: _Plan) -> Tensor:
         """All layers, over the embedded positions [T, H], which are overwritten; what comes out at `read`: [N, H]."""
@@ -217,7 +230,7 @@ class TorchOps(TorchSteps):
             attended.append(unfolded.reshape(group.rows * of_group.shape[1], -1))
         return torch.cat(attended) if len(attended) > 1 else attended[0]
 
-    def _groups(self, batch: ForwardBatch) -> list[_AttentionGroup]:
+    def _groups(self, batch: ForwardBatch, masks: _Masks) -> list[_AttentionGroup]:
         share = self._shape.query_heads // self._shape.kv_heads
         groups = []
         for first, last, offset in batch.runs(side_by_side=True):
@@ -230,7 +243,7 @@ class TorchOps(TorchSteps):
                     rows=len(rows),
                     slots=slice(rows[0].slot, rows[-1].slot + 1),
                     keys=keys,
-                    mask=None if ends is None else self._masks.make(ends, keys, share, self._shape.dtype),
+                    mask=None if ends is None else masks.make(ends, keys, share, self._shape.dtype),
                 )
             )
         return groups

@@ -44,7 +44,7 @@ class Tally:
         sums[-1, 0] += tokens
 
     def take(self) -> Tensor:
-        """The sums, which begin anew: float64, to be added up over processes and given to `read`."""
+        """The sums, which begin anew: to be added up over processes, and given to `read`."""
         taken, self._sums = self._sums, torch.zeros_like(self._sums)
         return taken
 
