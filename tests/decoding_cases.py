@@ -134,8 +134,8 @@ STEPS = {
     "a block": lambda end: [RowSpan(1, end - 8, end, end, end - 8, 8)],
     "a commit and the next block": lambda end: [RowSpan(1, end - 16, end, end, end - 8, 8)],
     "two commits of other lengths": lambda end: [
-        RowSpan(0, end - 16, end, end, end - 8, 8),
-        RowSpan(1, end - 24, end, end, end - 8, 8),
+        RowSpan(0, end - 12, end, end, end - 8, 8),
+        RowSpan(1, end - 16, end, end, end - 8, 8),
     ],
     "one token each, behind other contexts": lambda end: [
         RowSpan(0, end // 2 - 1, end // 2, end // 2, end // 2, 1),
