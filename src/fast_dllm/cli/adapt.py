@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fast_dllm.cli.dry_run import DeviceMemoryOption, DryRunOption, ProcessesOption, ShardedOption
+from fast_dllm.cli.dry_run import DeviceMemoryOption, DryRunOption, ProcessesOption, ShardedOption, refuse_devices
 from fast_dllm.cli.dry_run import dry_run as estimate_run
 from fast_dllm.cli.options import DataOption, SkipOption, given, listed, takes
 from fast_dllm.cli.output import Interrupted, waiting
@@ -72,14 +72,10 @@ def adapt(
     own = {"model": model, "data": data or None, "tasks": tasks, "task_items": task_items, **settings}
     own["skip_bad_rows"] = skip_bad_rows
     plan = Recipe.from_settings({**written, **given(own)}, needs_data=not dry_run)
-    if not dry_run and (processes > 1 or sharded or device_memory is not None):
-        raise FastDLLMError(
-            "--processes, --sharded and --device-memory describe a --dry-run; to train on several devices, start it "
-            "with accelerate launch --config_file recipes/ddp.yaml or recipes/fsdp2.yaml"
-        )
     if dry_run:
         estimate_run(plan.model, plan.options, processes, sharded, device_memory)
         return
+    refuse_devices(processes, sharded, device_memory)
     from rich.console import Console
 
     # Of the processes of a parallel run the first one speaks.

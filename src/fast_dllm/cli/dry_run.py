@@ -55,6 +55,19 @@ def dry_run(model: str, options: AdaptOptions, processes: int, sharded: bool, gi
     _tell(check(_config(model), options, devices), options, devices.processes)
 
 
+def refuse_devices(processes: int, sharded: bool, gibibytes: float | None) -> None:
+    """Refuse a real run that is told of devices: it would go on the one that it finds.
+
+    Raises:
+        FastDLLMError: where any of them is given.
+    """
+    if processes > 1 or sharded or gibibytes is not None:
+        raise FastDLLMError(
+            "--processes, --sharded and --device-memory describe a --dry-run; to train on several devices, start it "
+            "with accelerate launch --config_file recipes/ddp.yaml or recipes/fsdp2.yaml"
+        )
+
+
 def _tell(found: "Estimate", options: AdaptOptions, processes: int) -> None:
     batch = options.batch_size * options.accumulation * processes
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from fast_dllm.cache import LayerShape, SlabCache
+from fast_dllm.cache import SlabCache
 from fast_dllm.config import ContextAttention
 from fast_dllm.gated_lora import LowRank
 from fast_dllm.model.backbone import ForwardBatch
@@ -107,7 +107,7 @@ class CompiledOps(TorchSteps):
         them. A slab of another size is no reason to compile again.
         """
         shape = self._shape
-        layers = [LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
+        layers = [shape.cached] * shape.layers
         length = -(-max_length // _TILE) * _TILE
         cache = SlabCache(layers, slots, length, dtype=shape.dtype, device=self._device, spare=_TILE)
         for slab in (*cache.flat_keys, *cache.flat_values):

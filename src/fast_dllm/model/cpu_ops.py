@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fast_dllm.cache import LayerShape
 from fast_dllm.config import ContextAttention
 from fast_dllm.gated_lora import LowRank
 from fast_dllm.model.backbone import DRAFTS_ON_CPU, DRAFTS_ON_OLDER_CPU, ForwardBatch
@@ -194,9 +193,7 @@ class CpuOps:
 
     def new_cache(self, slots: int, max_length: int) -> CpuCache:
         """Memory in the order of the kernels."""
-        shape = self._shape
-        layer = LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim)
-        return CpuCache(shape.layers, layer, slots, max_length, int8=self._int8_cache)
+        return CpuCache(self._shape.layers, self._shape.cached, slots, max_length, int8=self._int8_cache)
 
     def plan(
         self, batch: ForwardBatch, cache: CpuCache, cos: Tensor, sin: Tensor, masked: Tensor | None = None

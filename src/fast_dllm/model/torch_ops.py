@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fast_dllm.cache import LayerShape, SlabCache
+from fast_dllm.cache import SlabCache
 from fast_dllm.config import ContextAttention
 from fast_dllm.gated_lora import LowRank
 from fast_dllm.model.backbone import DRAFTS_ON_CPU, ForwardBatch, Likeliest
@@ -186,7 +186,7 @@ class TorchOps(TorchSteps):
     def new_cache(self, slots: int, max_length: int) -> SlabCache:
         """A slab."""
         shape = self._shape
-        layers = [LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
+        layers = [shape.cached] * shape.layers
         return SlabCache(layers, slots, max_length, dtype=shape.dtype, device=self._device)
 
     def plan(
@@ -195,7 +195,8 @@ class TorchOps(TorchSteps):
         """Prepare a forward (see `Steps.plan`)."""
         cos, sin = cos[batch.positions, None], sin[batch.positions, None]
         masked = None if masked is None else masked[:, None].to(self._shape.dtype)
-        masks = self._masks.setdefault(cache, _Masks(self._device))
+        if (masks := self._masks.get(cache)) is None:
+            masks = self._masks[cache] = _Masks(self._device)
         masks.begin()
         return _Plan(batch, cache, self._groups(batch, masks), torch.cat([cos, cos], dim=-1), sin, masked)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fast_dllm.cache import LayerShape
 from fast_dllm.gated_lora import LowRank, low_rank_of
 from fast_dllm.model.linear import AdaptedLinear, DenseLinear
 
@@ -41,6 +42,11 @@ class Shape:
     vocabulary: int
     norm_epsilon: float
     dtype: torch.dtype
+
+    @property
+    def cached(self) -> LayerShape:
+        """K/V of a layer."""
+        return LayerShape(self.kv_heads, self.head_dim, self.head_dim)
 
 
 @dataclass(frozen=True)
