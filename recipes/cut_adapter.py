@@ -1,6 +1,8 @@
 """Cut a LoRA adapter to fewer numbers, dropping what changes its layers' outputs least on what it was trained on.
 
 python recipes/cut_adapter.py runs/smollm2/longer runs/smollm2/longer-cut --numbers 4e6 --chats runs/chats/own.jsonl
+
+An adapter that was trained over another one (`--beneath`) is cut together with it, to one over the base of both.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fast_dllm.checkpoint import is_gated, load_checkpoint
+from fast_dllm.checkpoint.checkpoint import TRAINED_ON_KEY
 from fast_dllm.data.build import task_documents
 from fast_dllm.evaluation.box import TASKS_OF_THE_BOX
 
@@ -46,17 +49,23 @@ class Ranks(NamedTuple):
         return len(self.up) + self.down.shape[1]
 
 
-def main(adapter: Path, out: Path, numbers: int, samples: list[list[dict[str, str]]]) -> None:
-    """Write `adapter` cut to `numbers` numbers to `out`."""
+def main(
+    adapter: Path, out: Path, numbers: int, samples: list[list[dict[str, str]]], beneath: Path | None = None
+) -> None:
+    """Write `adapter`, and what it was trained over where that is an adapter too, cut to `numbers` numbers to `out`."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     if config["rank_pattern"]:
         sys.exit(f"{adapter}: its layers have ranks of their own already; cut the adapter that it was made from")
     weights = load_file(adapter / "adapter_model.safetensors")
     moments = input_moments(adapter, samples)
-    ranks = {}
-    for name in [name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")]:
-        down, up = (weights.pop(f"{name}.lora_{part}.weight").float() for part in "AB")
-        ranks[name] = by_size(up * (config["lora_alpha"] / config["r"]), down, moments[name.removeprefix(PREFIX)])
+    added = products(adapter)
+    if beneath is not None:
+        first = products(beneath)
+        added = {
+            name: (torch.cat([first[name][0], up], dim=1), torch.cat([first[name][1], down]))
+            for name, (up, down) in added.items()
+        }
+    ranks = {name: by_size(up, down, moments[name.removeprefix(PREFIX)]) for name, (up, down) in added.items()}
     kept = share(ranks, numbers)
     for name, count in kept.items():
         weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"] = matrices(ranks[name], count)
@@ -66,13 +75,38 @@ def main(adapter: Path, out: Path, numbers: int, samples: list[list[dict[str, st
         name.removeprefix(PREFIX): count for name, count in kept.items() if count < config["r"]
     }
     shutil.copytree(adapter, out, dirs_exist_ok=True)
+    note = f"\nCut to {min(kept.values())} to {config['r']} ranks a layer.\n"
+    if beneath is not None:
+        config["base_model_name_or_path"] = set_base(out / "block_diffusion.json", beneath)
+        note += f"\nOf two adapters: this recipe's was trained over {beneath.name}, and is one with it here.\n"
     card = (adapter / "README.md").read_text().replace(adapter.name, out.name)
-    (out / "README.md").write_text(card + f"\nCut to {min(kept.values())} to {config['r']} ranks a layer.\n")
+    (out / "README.md").write_text(card + note)
     save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     lost = sum(float((ranks[name].sizes[count:] ** 2).sum()) for name, count in kept.items())
     whole = sum(float((rank.sizes**2).sum()) for rank in ranks.values())
     print(f"ranks {min(kept.values())} to {config['r']}; {(lost / whole) ** 0.5:.1%} of what the adapter adds is gone")
+
+
+def products(adapter: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """What an adapter adds to each layer, as up [outputs, ranks], scaled, and down [ranks, inputs]."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    weights = load_file(adapter / "adapter_model.safetensors")
+    added = {}
+    for name in [name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")]:
+        down, up = (weights[f"{name}.lora_{part}.weight"].float() for part in "AB")
+        alpha = config["alpha_pattern"].get(name.removeprefix(PREFIX), config["lora_alpha"])
+        added[name] = (up * (alpha / len(down)), down)
+    return added
+
+
+def set_base(record: Path, beneath: Path) -> str:
+    """Give an adapter the base of the adapter beneath it, and what that was trained on; returns the base's name."""
+    ours, under = (json.loads(path.read_text()) for path in (record, beneath / record.name))
+    ours |= {key: under[key] for key in ("base", "base_fingerprint", "mask_token_added")}
+    ours[TRAINED_ON_KEY] = [*under.get(TRAINED_ON_KEY, []), *ours.get(TRAINED_ON_KEY, [])]
+    record.write_text(json.dumps(ours, indent=2) + "\n")
+    return str(under["base"])
 
 
 @torch.no_grad()
@@ -169,7 +203,8 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--numbers", type=float, required=True, help="of its matrices, as many bytes in 8-bit floats")
     parser.add_argument("--chats", type=Path, required=True, help="JSONL of conversations")
+    parser.add_argument("--beneath", type=Path, help="the adapter that it was trained over")
     given = parser.parse_args()
     tasks = [document.content for document in task_documents(TASKS_OF_THE_BOX, 6_000)[0][:600]]
     chats = [json.loads(line)["messages"] for line in given.chats.read_text().splitlines()[:100]]
-    main(given.adapter, given.out, int(given.numbers), tasks + chats)
+    main(given.adapter, given.out, int(given.numbers), tasks + chats, given.beneath)
