@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fast_dllm.checkpoint import load_checkpoint
+from fast_dllm.checkpoint import load_checkpoint, save_checkpoint
 from fast_dllm.training.adapt import adapt
 from samples import GATED, make_samples
 from tiny import save_tiny
@@ -72,6 +72,26 @@ def test_cut_to_half_it_is_nearer_to_the_adapter_than_to_none(adapter, tmp_path)
     plain, whole, cut, small = (logits(tmp_path / name) for name in ("base", "adapter", "cut", "small"))
     assert 0 < (cut - whole).norm() < 0.5 * (whole - plain).norm()
     assert 0 < (small - cut).norm() < 0.1 * (whole - plain).norm()
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["as trained", "cut and rounded"])
+def test_cut_with_what_is_beneath_it_is_both_over_the_base_of_both(small, tmp_path):
+    base = save_tiny(tmp_path / "base", adapted=False, architecture="llama")
+    adapt(base, make_samples(), EVERYWHERE, tmp_path / "first")
+    beneath = tmp_path / "first"
+    if small:
+        CUT["main"](tmp_path / "first", tmp_path / "half", numbers(beneath) // 2, CONVERSATIONS)
+        ROUND["main"](tmp_path / "half", tmp_path / "small")
+        beneath = tmp_path / "small"
+    # Over the merged model: an adapter that is given as a directory would itself be trained on.
+    save_checkpoint(load_checkpoint(beneath), tmp_path / "merged")
+    adapt(tmp_path / "merged", make_samples(), replace(EVERYWHERE, seed=1), tmp_path / "second")
+    both = numbers(beneath) + numbers(tmp_path / "second")
+    CUT["main"](tmp_path / "second", tmp_path / "cut", both, CONVERSATIONS, beneath)
+    assert numbers(tmp_path / "cut") == both
+    assert load_checkpoint(tmp_path / "cut").base == load_checkpoint(beneath).base == str(base)
+    torch.testing.assert_close(logits(tmp_path / "cut"), logits(tmp_path / "second"), atol=1e-4, rtol=1e-4)
+    assert (logits(tmp_path / "cut") - logits(beneath)).abs().max() > 1e-2
 
 
 def test_no_other_cut_to_as_many_ranks_is_nearer_on_the_inputs_it_was_made_for():

@@ -18,6 +18,7 @@ from fast_dllm.training import adapt as adapt_module
 from fast_dllm.training.adapt import adapt
 from fast_dllm.training.callbacks import Watchdog
 from fast_dllm.training.evaluation import ProbeItem
+from fast_dllm.training.lora import wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.trainer import BlockDiffusionTrainer
 from samples import GATED, make_samples, stream_samples
@@ -81,6 +82,18 @@ def test_a_half_written_save_is_not_resumed_from(base, tmp_path):
     (newest / "trainer_state.json").write_text('{"global_st')
     adapt(base, make_samples(), OPTIONS, tmp_path / "again")
     assert_same(tmp_path / "whole", tmp_path / "again")
+
+
+def test_a_save_of_a_run_asks_no_hub_what_its_base_was(base, tmp_path, monkeypatch):
+    def ask(*_):
+        raise AssertionError("a save went to the network")
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", ask)
+    checkpoint = load_checkpoint(base)
+    checkpoint.model.name_or_path = "someone/a-model"
+    wrap_with_lora(checkpoint.model, 4, OPTIONS, None).save_pretrained(tmp_path / "save")
+    with safe_open(tmp_path / "save" / "adapter_model.safetensors", framework="pt") as file:
+        assert [file.get_slice(name).get_shape()[0] for name in file.keys() if "embed" in name] == [1]  # noqa: SIM118
 
 
 def losses(run: Path) -> list[float]:

@@ -1,5 +1,6 @@
 """LoRA on all linear layers, with the mask token's embedding row trained too."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ def wrap_with_lora(model: Any, mask_token_id: int | None, options: AdaptOptions,
         )
         with quiet():
             wrapped = get_peft_model(model, config)
+    # Else each save of a run asks the hub how many rows the base had, and holds the whole embedding if it has more now.
+    wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
     train_rows_alone(wrapped)
     for module in wrapped.modules():
         if options.dtype == "bfloat16" and hasattr(module, "lora_A"):
