@@ -11,7 +11,7 @@ from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, add_mask_token
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.decoding.reference import hf_logits, reference_generate
 from fast_dllm.errors import FastDLLMError
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 MESSAGES = [{"role": "user", "content": "what is 2+3?"}]
 VOCABULARY = 64
@@ -228,3 +228,10 @@ def test_settings_of_the_checkpoint_may_be_overridden_on_loading(lm, tmp_path):
 def test_unknown_backbone_and_missing_directory_are_refused(tmp_path):
     refusal(lambda: BlockDiffusionLM.from_pretrained(tmp_path, backbone="fast"), "backbone='fast'")
     refusal(lambda: BlockDiffusionLM.from_pretrained(tmp_path / "nowhere"), "no such file or directory")
+
+
+def test_int8_runs_on_the_cpu_also_where_there_is_an_accelerator(tmp_path, monkeypatch):
+    directory = save_tiny(tmp_path / "model", adapted=True, architecture="llama")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("meta"))
+    assert BlockDiffusionLM.from_pretrained(directory).checkpoint.model.device.type == "meta"
+    assert BlockDiffusionLM.from_pretrained(directory, dtype="int8").chat(MESSAGES, max_new_tokens=4).ids

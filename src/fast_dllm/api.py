@@ -83,7 +83,7 @@ class BlockDiffusionLM:
                 (a scale per output, and per position) and needs the native backbone.
             backbone: "hf" runs transformers' own modules, "native" a lean forward for the Llama family; "auto" takes
                 the native one where it knows the model (`fast-dllm info` says why where it does not).
-            device: where to run; None takes an accelerator if there is one.
+            device: where to run; None takes an accelerator if there is one, and for "int8" the CPU, its only place.
             mask_token_id: for checkpoints that do not name their mask token.
             block_size: overrides the checkpoint's.
             token_shift: overrides the checkpoint's.
@@ -112,7 +112,7 @@ class BlockDiffusionLM:
             base=base,
             trust_remote_code=trust_remote_code,
         )
-        checkpoint.model.to(_default_device() if device is None else device)
+        checkpoint.model.to(_default_device(int8=int8) if device is None else device)
         return cls(checkpoint, make_backbone(checkpoint, backbone, int8=int8, compile=compile, cache_dtype=cache_dtype))
 
     @torch.inference_mode()
@@ -308,9 +308,9 @@ def make_backbone(
     return HFBackbone(model, attention, checkpoint.max_length)
 
 
-def _default_device() -> torch.device:
+def _default_device(*, int8: bool) -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if accelerator is None else accelerator
+    return torch.device("cpu") if accelerator is None or int8 else accelerator
 
 
 def _prompt_rows(input_ids: Any) -> list[list[int]]:
