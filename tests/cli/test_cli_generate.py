@@ -1,5 +1,6 @@
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from fast_dllm import BlockDiffusionLM, DecodingConfig
@@ -15,7 +16,7 @@ def test_prompt_gives_one_row(run, adapted):
     outcome = run("generate", adapted, "--prompt", "hello there", *SHORT)
     assert (outcome.code, outcome.err) == (0, "")
     (row,) = outcome.rows()
-    assert list(row) == ["id", "prompt", "text", "finish", "new_tokens", "forwards", "tokens_per_forward"]
+    assert list(row) == ["id", "prompt", "text", "finish", "new_tokens", "forwards", "tokens_per_forward", "seconds"]
     assert (row["id"], row["prompt"]) == (0, "hello there")
     assert row["new_tokens"] <= 12
     assert row["tokens_per_forward"] == round(row["new_tokens"] / row["forwards"], 3)
@@ -41,6 +42,15 @@ def test_file_of_prompts_keeps_order_and_ids(run, adapted, tmp_path):
     assert [row["prompt"] for row in rows] == texts
     model = BlockDiffusionLM.from_pretrained(adapted)
     assert [row["text"] for row in rows] == [model.chat(asked(text), max_new_tokens=12).text for text in texts]
+
+
+def test_the_seconds_of_all_rows_are_those_of_decoding(run, adapted, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\nthree\n")
+    start = time.perf_counter()
+    rows = run("generate", adapted, "--prompt-file", file, "--batch-size", 1, *SHORT).rows()
+    assert 0 < sum(row["seconds"] for row in rows) < time.perf_counter() - start
+    assert min(row["seconds"] for row in rows) > 0
 
 
 def test_conversations_come_back_as_messages(run, adapted, tmp_path):
@@ -88,7 +98,8 @@ def test_a_terminal_gets_text_unless_json_is_asked_for(run, adapted, monkeypatch
     outcome = run("generate", adapted, "--prompt", "hello", *SHORT)
     assert outcome.out == row["text"] + "\n"
     assert "tokens per forward" in outcome.err
-    assert run("generate", adapted, "--prompt", "hello", "--json", *SHORT).rows() == [row]
+    (again,) = run("generate", adapted, "--prompt", "hello", "--json", *SHORT).rows()
+    assert again | {"seconds": 0} == row | {"seconds": 0}
 
 
 def test_a_pipe_is_written_to_and_stays_a_pipe(run, adapted, tmp_path):

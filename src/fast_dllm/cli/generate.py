@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -66,7 +67,8 @@ def generate(
 ) -> None:
     """Answer prompts, one or a file of them.
 
-    Writes one JSON object per line: id, prompt or messages, text, finish, new_tokens, forwards, tokens_per_forward.
+    Writes one JSON object per line: id, prompt or messages, text, finish, new_tokens, forwards, tokens_per_forward,
+    seconds (since the line before it: their sum is the time of all).
     """
     prompts = _prompts(prompt, prompt_file)
     decoding = decoding_from_options(mode, stop, settings)
@@ -113,7 +115,9 @@ def _print_text(answer: "Reply") -> None:
 def _write_rows(prompts: Sequence[Prompt], answers: "Iterator[Reply]", file: TextIO) -> None:
     # One shape for all rows of a file: "prompt" where every row is a single question.
     are_texts = all(len(row.messages) == 1 for row in prompts)
+    since = time.perf_counter()
     for index, (row, answer) in enumerate(zip(prompts, with_bar(answers, len(prompts)), strict=True)):
+        now = time.perf_counter()
         asked = {"prompt": row.messages[0]["content"]} if are_texts else {"messages": row.messages}
         written = {
             "id": index if row.id is None else row.id,
@@ -123,7 +127,9 @@ def _write_rows(prompts: Sequence[Prompt], answers: "Iterator[Reply]", file: Tex
             "new_tokens": answer.statistics.new_tokens,
             "forwards": answer.statistics.forwards,
             "tokens_per_forward": round(answer.statistics.tokens_per_forward, 3),
+            "seconds": round(now - since, 4),
         }
+        since = now
         file.write(json.dumps(written, ensure_ascii=False) + "\n")
         file.flush()
 
