@@ -127,8 +127,10 @@ def directory_with_notes(bench):
 
 
 def earlier_run(bench):
-    (bench.tmp / "new.run").mkdir()
-    (bench.tmp / "new.run" / "options.json").write_text("{}")
+    save = bench.tmp / "new.run" / "checkpoint-1"
+    save.mkdir(parents=True)
+    (save / "trainer_state.json").write_text("{}")
+    (save.parent / "options.json").write_text("{}")
     return bench.adapt()
 
 

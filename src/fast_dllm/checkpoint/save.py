@@ -18,6 +18,7 @@ from fast_dllm.checkpoint.checkpoint import (
     written_trained_on,
 )
 from fast_dllm.checkpoint.directory import BLOCK_DIFFUSION_FILE, whole_directory
+from fast_dllm.checkpoint.files import read_json
 from fast_dllm.checkpoint.quiet import quiet
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.gated_lora import gated_token
@@ -45,16 +46,13 @@ def save_checkpoint(checkpoint: Checkpoint, directory: str | Path, *, recipe: Ma
         )
     with whole_directory(directory) as temporary, quiet():
         generation, model.generation_config = model.generation_config, _generation_config(checkpoint)
-        setattr(model.config, CONFIG_KEY, checkpoint.config.to_dict())
-        setattr(model.config, TRAINED_ON_KEY, written_trained_on(checkpoint))
         # An exported directory names code of its own, which is not saved with the weights.
         model.config.__dict__.pop("auto_map", None)
         try:
             model.save_pretrained(temporary)
         finally:
             model.generation_config = generation
-        if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer.save_pretrained(temporary)
+        complete_save(temporary, checkpoint)
         _write_card(temporary, Path(directory).resolve().name, checkpoint, recipe, adapter=False)
 
 
@@ -80,11 +78,27 @@ def save_adapter(
     with whole_directory(directory) as temporary, quiet():
         peft_model.save_pretrained(temporary, save_embedding_layers=False)
         _check_small(temporary, vocabulary_rows(checkpoint.model))
-        _name_base(temporary / "adapter_config.json", checkpoint.source)
-        _write_json(temporary / BLOCK_DIFFUSION_FILE, _adapter_record(checkpoint))
-        if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer.save_pretrained(temporary)
+        complete_save(temporary, checkpoint)
         _write_card(temporary, Path(directory).resolve().name, checkpoint, recipe, adapter=True)
+
+
+def complete_save(directory: Path, checkpoint: Checkpoint) -> None:
+    """Make what transformers or peft saved a checkpoint of ours: what loading it needs beside its weights.
+
+    Args:
+        directory: with the config.json of a whole model, or the adapter_config.json of an adapter.
+        checkpoint: as for `save_checkpoint`, or for `save_adapter`.
+    """
+    adapter, whole = directory / "adapter_config.json", directory / "config.json"
+    if adapter.exists():
+        _write_json(adapter, {**read_json(adapter), "base_model_name_or_path": checkpoint.source})
+        _write_json(directory / BLOCK_DIFFUSION_FILE, _adapter_record(checkpoint))
+    else:
+        ours = {CONFIG_KEY: checkpoint.config.to_dict(), TRAINED_ON_KEY: written_trained_on(checkpoint)}
+        _write_json(whole, {**read_json(whole), **ours})
+    if checkpoint.tokenizer is not None:
+        with quiet():
+            checkpoint.tokenizer.save_pretrained(directory)
 
 
 def _generation_config(checkpoint: Checkpoint) -> GenerationConfig:
@@ -120,11 +134,6 @@ def _check_small(directory: Path, rows: int) -> None:
                     f"{name}: the adapter would hold a whole embedding; train the mask token's row alone "
                     "(trainable_token_indices instead of modules_to_save)"
                 )
-
-
-def _name_base(path: Path, source: str) -> None:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    _write_json(path, {**values, "base_model_name_or_path": source})
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

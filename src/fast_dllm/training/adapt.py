@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.integrations import is_deepspeed_zero3_enabled, is_tensorboard_available, is_wandb_available
 from transformers.trainer_utils import IntervalStrategy
 
-from fast_dllm.checkpoint import AUTOREGRESSIVE, Checkpoint, add_mask_token, save_adapter, save_checkpoint
+from fast_dllm.checkpoint import (
+    AUTOREGRESSIVE,
+    Checkpoint,
+    add_mask_token,
+    complete_save,
+    save_adapter,
+    save_checkpoint,
+)
 from fast_dllm.checkpoint.directory import check_target
 from fast_dllm.checkpoint.dtype import cast_weights
 from fast_dllm.config import BlockDiffusionConfig, TaskItems
@@ -103,7 +111,7 @@ def adapt(
     arguments.max_steps = _steps_in_all(options, resume, clock)
     rows = RunDataset(open_run(samples, checkpoint.config, options, per_update), arguments.max_steps * per_update)
     progress = None if console is None else (ProgressBar if console.is_terminal else ProgressLines)(console)
-    trainer = _make_trainer(model, arguments, rows, options, checkpoint.config, clock, evaluation, progress)
+    trainer = _make_trainer(model, arguments, rows, options, checkpoint, clock, evaluation, progress)
     _read_up_to(0 if resume is None else step_of(resume) * per_update, rows, console)
     with nullcontext() if progress is None else closing(progress):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -150,6 +158,7 @@ def _evaluation(
         bfloat16=options.dtype == "bfloat16",
         probe=chosen[: options.probe_items],
         stop_token_ids=checkpoint.stop_token_ids,
+        max_length=checkpoint.max_length,
     )
 
 
@@ -158,7 +167,7 @@ def _make_trainer(
     arguments: TrainingArguments,
     rows: RunDataset,
     options: AdaptOptions,
-    config: BlockDiffusionConfig,
+    checkpoint: Checkpoint,
     clock: RunClock,
     evaluation: Evaluation | None,
     progress: TrainerCallback | None,
@@ -170,17 +179,18 @@ def _make_trainer(
         args=arguments,
         train_dataset=rows,
         eval_dataset=None if evaluation is None else evaluation.rows,
-        data_collator=_collator(config, options),
+        data_collator=_collator(checkpoint.config, options),
         callbacks=[
             clock,
             *([] if progress is None else [progress]),
-            Watchdog(1.0 + (options.ar_weight if options.hidden_share else 0.0)),
+            Watchdog(options.divergence * (1.0 + (options.ar_weight if options.hidden_share else 0.0))),
         ],
-        block_size=config.block_size,
+        block_size=options.block_size,
         ar_weight=options.ar_weight,
         hidden_share=options.hidden_share,
         clock=clock,
         evaluation=evaluation,
+        complete=partial(complete_save, checkpoint=_trained(checkpoint, options)),
     )
     trainer.remove_callback(PrinterCallback)
     if is_sharded(trainer):
@@ -236,9 +246,10 @@ def _training_arguments(run: Path, options: AdaptOptions) -> TrainingArguments:
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
         learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps,
+        warmup_steps=min(options.warmup_steps, options.steps // 2),
         lr_scheduler_type="linear" if options.schedule == "linear" else "constant_with_warmup",
         weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
         bf16=options.dtype == "bfloat16",
         use_cpu=not torch.accelerator.is_available(),
         # The order of the dataset is the schedule: a pure function of the seed.
@@ -247,7 +258,8 @@ def _training_arguments(run: Path, options: AdaptOptions) -> TrainingArguments:
         average_tokens_across_devices=True,
         logging_steps=1,
         save_steps=options.save_every,
-        # Two, so that a save which is being written when the process dies leaves the one before it.
+        # Two, so that a save which is being written when the process dies leaves the one before it; the last good one
+        # (`Watchdog`) is among them or stays besides.
         save_total_limit=2,
         seed=options.seed,
         report_to=_reporters(options),
@@ -307,9 +319,15 @@ def _held_out_losses(trainer: BlockDiffusionTrainer) -> tuple[float | None, floa
     return losses.get(0), losses[step]
 
 
+def _trained(checkpoint: Checkpoint, options: AdaptOptions) -> Checkpoint:
+    """The checkpoint as it is to be decoded."""
+    if options.objective != "ar":
+        return checkpoint
+    return replace(checkpoint, config=replace(AUTOREGRESSIVE, mask_token_id=checkpoint.config.mask_token_id))
+
+
 def _save(trainer: BlockDiffusionTrainer, checkpoint: Checkpoint, options: AdaptOptions, result: AdaptResult) -> None:
-    if options.objective == "ar":
-        checkpoint.config = replace(AUTOREGRESSIVE, mask_token_id=checkpoint.config.mask_token_id)
+    checkpoint = _trained(checkpoint, options)
     recipe = {**options.to_dict(), "steps_done": result.steps, "seconds": result.seconds}
     recipe |= {"held_out_loss_before": result.loss_before, "held_out_loss_after": result.loss_after}
     model = gather(trainer) if is_sharded(trainer) else trainer.model

@@ -51,7 +51,7 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Take up the clock and the log of the resumed save: lines of steps that are done again go."""
         if state.is_world_process_zero:
-            self._path.write_text("".join(json.dumps(log) + "\n" for log in state.log_history))
+            self._path.write_text("".join(map(_line, state.log_history)))
         self._before = _spent(state)
         self._tokens_seen = sum(log.get("response_tokens", 0) for log in state.log_history)
         self._start = self._since = time.monotonic()
@@ -86,7 +86,7 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
         """Append a line to the log."""
         if state.is_world_process_zero:
             with self._path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(_line({"step": state.global_step, **logs}))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End the run when its time is up; it is saved first."""
@@ -99,6 +99,14 @@ class RunClock(TrainerCallback):  # type: ignore[misc]
     def is_out_of_time(self, save: TrainerState) -> bool:
         """Whether the run that a save is of had used up its time."""
         return self._limit is not None and _spent(save) >= self._limit
+
+
+def _line(log: dict[str, Any]) -> str:
+    """A line of the log. JSON has no NaN: a number that is none is null."""
+    values = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in log.items()
+    }
+    return json.dumps(values) + "\n"
 
 
 def _spent(state: TrainerState) -> float:
@@ -115,30 +123,31 @@ def _any_process(flag: bool) -> bool:
 
 
 class Watchdog(TrainerCallback):  # type: ignore[misc]
-    """Ends a run whose loss is lost. A step is logged before it is saved, so the last save is from before.
+    """Ends a run whose loss is lost, and keeps the last save from before it was.
 
-    Lost is: not finite, or the mean of the last 20 steps is more than 1.5 nats (times the weight of the loss) above the
-    lowest one so far. A learning rate that is too high shows in this; a hard batch does not.
+    Lost is: not finite, or the mean of the last 20 steps is too far above the lowest one so far. A learning rate that
+    is too high shows in this; a hard batch does not. A step is logged before it is saved, so no save holds what is not
+    finite; a loss that rises slowly may be saved several times on its way.
     """
 
     _WINDOW = 20
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, most_rise: float) -> None:
         """Watch a loss.
 
         Args:
-            weight: sum of the weights of its parts.
+            most_rise: nats that the mean may be above its lowest; 0 allows any.
         """
-        self._most_rise = 1.5 * weight
+        self._most_rise = most_rise or math.inf
         self._recent: deque[float] = deque(maxlen=self._WINDOW)
-        self._lowest = math.inf
+        self._mean, self._lowest = -math.inf, math.inf
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take up what the resumed save has seen."""
         self._recent.clear()
-        self._lowest = math.inf
+        self._mean, self._lowest = -math.inf, math.inf
         for log in state.log_history:
             if "loss" in log:
                 self._add(float(log["loss"]))
@@ -154,26 +163,30 @@ class Watchdog(TrainerCallback):  # type: ignore[misc]
         if "loss" not in logs:
             return
         loss, gradient = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
-        remedy = f"the last good save is kept in {args.output_dir}; lower --learning-rate, or look at the data"
+        good = state.best_model_checkpoint
+        go_on = "" if good is None else f" (--model {good}, the last good save, and another --out, go on from there)"
+        remedy = f"lower --learning-rate, or look at the data{go_on}"
         for name, value in (("loss", loss), ("gradient", gradient)):
             if not math.isfinite(value):
                 raise FastDLLMError(f"step {state.global_step}: the {name} is {value}; {remedy}")
-        mean = self._add(loss)
-        if mean > self._lowest + self._most_rise:
+        self._add(loss)
+        if self._mean > self._lowest + self._most_rise:
             raise FastDLLMError(
-                f"step {state.global_step}: the loss diverges: {mean:.2f} nats on average over {self._WINDOW} steps, "
-                f"after {self._lowest:.2f}; {remedy}"
+                f"step {state.global_step}: the loss diverges: {self._mean:.2f} nats on average over {self._WINDOW} "
+                f"steps, after {self._lowest:.2f} (--divergence {self._most_rise:g}); {remedy}"
             )
 
-    def _add(self, loss: float) -> float:
-        """The mean of the last steps; minus infinity before there are enough."""
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the save as the best one, which Trainer does not delete, unless the loss is on its way up."""
+        if not self._mean > self._lowest + self._most_rise / 4:
+            state.best_model_checkpoint = str(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def _add(self, loss: float) -> None:
         if loss != 0:  # nothing was hidden at that step: it says nothing
             self._recent.append(loss)
-        if len(self._recent) < self._WINDOW:
-            return -math.inf
-        mean = sum(self._recent) / self._WINDOW
-        self._lowest = min(self._lowest, mean)
-        return mean
+        if len(self._recent) == self._WINDOW:  # before that there is no mean
+            self._mean = sum(self._recent) / self._WINDOW
+            self._lowest = min(self._lowest, self._mean)
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]

@@ -46,8 +46,9 @@ class Evaluation:
         collator: of the training.
         batch_size: rows in a forward.
         bfloat16: run in bfloat16 autocast.
-        probe: prompts to decode.
+        probe: prompts to decode; those without room for an answer are left out.
         stop_token_ids: end an answer.
+        max_length: longest sequence of the model, in tokens.
     """
 
     rows: Sequence[Packed]
@@ -56,6 +57,7 @@ class Evaluation:
     bfloat16: bool
     probe: Sequence[ProbeItem] = ()
     stop_token_ids: Sequence[int] = field(default_factory=tuple)
+    max_length: int | None = None
 
     def loss(self, model: Any, device: torch.device) -> float:
         """Mean loss of the objective in nats per response token, with the same noise every time."""
@@ -77,29 +79,31 @@ class Evaluation:
         Args:
             model: with all its weights, wrapped by peft or not.
         """
-        if not self.probe:
+        most = None if self.max_length is None else self.max_length - _PROBE_TOKENS
+        probe = [item for item in self.probe if most is None or len(item.prompt_ids) <= most]
+        if not probe:
             return {}
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = self.collator.config
         block = config.block_size if self.collator.with_diffusion else 1
         decoding = DecodingConfig(max_new_tokens=_PROBE_TOKENS, threshold=_THRESHOLD, block_size=block)
-        prompts = [item.prompt_ids for item in self.probe]
+        prompts = [item.prompt_ids for item in probe]
         # Adapters of a bfloat16 base are float32: only autocast multiplies the two.
         mixed = base.dtype == torch.bfloat16
         with _evaluating(model), torch.autocast(base.device.type, torch.bfloat16, enabled=mixed):
-            backbone = HFBackbone(base, config.context_attention)
+            backbone = HFBackbone(base, config.context_attention, self.max_length)
             backbone.draft_budget = None  # what a row drafts is not to hang on how many are asked at once
             result = generate_batch(backbone, config, prompts, decoding, self.stop_token_ids)
         measured = {"tokens_per_forward": round(result.total.tokens_per_forward, 3)}
         verdicts = [
             item.is_right(answer)
-            for item, answer in zip(self.probe, result.answers, strict=True)
+            for item, answer in zip(probe, result.answers, strict=True)
             if item.is_right is not None
         ]
         return measured | ({"right": round(sum(verdicts) / len(verdicts), 3)} if verdicts else {})
 
 
-NOT_FOR_THE_MODEL = ("labels", "hidden_share", "place")
+NOT_FOR_THE_MODEL = ("labels", "hidden_share", "place", "response_tokens")
 """What `StreamCollator` gives besides the arguments of the training forward."""
 
 

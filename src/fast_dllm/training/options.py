@@ -18,9 +18,11 @@ class AdaptOptions(_FromMapping):
         batch_size: samples (or packs) per forward and device.
         accumulation: forwards per update.
         learning_rate: peak, reached after `warmup_steps`, see `schedule`.
-        warmup_steps: linear warm-up.
+        warmup_steps: linear warm-up, of half the steps at most.
         schedule: after it, "linear" decay to zero or "constant".
         weight_decay: of AdamW.
+        max_grad_norm: longer gradients are cut to this norm; 0 cuts none.
+        divergence: nats that the mean loss of 20 steps may rise above its lowest before the run is ended; 0 is any.
         max_length: tokens; longer samples are truncated and counted.
         block_size: tokens per block.
         token_shift: the hidden state at i-1 predicts token i.
@@ -66,6 +68,8 @@ class AdaptOptions(_FromMapping):
     warmup_steps: int = 20
     schedule: Literal["linear", "constant"] = "linear"
     weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    divergence: float = 1.5
     max_length: int = 1024
     block_size: int = 32
     token_shift: bool = True
@@ -103,6 +107,8 @@ class AdaptOptions(_FromMapping):
         _require_int("shuffle_buffer", self.shuffle_buffer, 0)
         _require_number("learning_rate", self.learning_rate, 0.0, 1.0)
         _require_number("weight_decay", self.weight_decay, 0.0, 1.0)
+        _require_number("max_grad_norm", self.max_grad_norm, 0.0, 1e9)
+        _require_number("divergence", self.divergence, 0.0, 1e9)
         _require_number("ar_weight", self.ar_weight, 0.0, 100.0)
         _require_choice("context_attention", self.context_attention, Literal["block", "causal"])
         _require_choice("dtype", self.dtype, Literal["auto", "bfloat16", "float32"])

@@ -11,6 +11,9 @@ from accelerate import PartialState
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.files import write_whole
 
+_FREE = ("gradient_checkpointing", "save_every", "max_minutes", "eval_every", "probe_items", "divergence", "report_to")
+"""Settings that the weights do not depend on, but for rounding: a run may go on with others."""
+
 
 class RunDirectory:
     """Directory of one run. Every process of the run sees it; the first one writes."""
@@ -24,19 +27,21 @@ class RunDirectory:
         """Make the directory this run's, and take away saves that a killed process left unfinished.
 
         Args:
-            settings: all that the weights depend on; a run goes on only with those it began with.
+            settings: of the run; it goes on only with those it began with, as far as the weights depend on them. How
+                an update is cut into forwards does not count, nor does what a run without a whole save had.
             defaults: what holds for a run of an earlier release, which did not know all of them.
 
         Raises:
             FastDLLMError: when it holds a run with other settings, or cannot be written.
         """
         recorded = self._recorded()
-        if recorded is not None and (recorded := {**defaults, **recorded}) != settings:
-            differing = ", ".join(key for key in {**recorded, **settings} if recorded.get(key) != settings.get(key))
-            raise FastDLLMError(
-                f"{self.path} holds a run with other settings ({differing}); choose another output directory or "
-                "remove it"
-            )
+        if recorded is not None and any(map(_is_whole, self._saves())):
+            before, now = _decisive({**defaults, **recorded}), _decisive(settings)
+            if differing := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
+                raise FastDLLMError(
+                    f"{self.path} holds a run with other settings ({', '.join(differing)}); choose another output "
+                    "directory or remove it"
+                )
         state = PartialState()
         state.wait_for_everyone()  # nobody writes before everybody has read
         if state.is_main_process:
@@ -61,6 +66,11 @@ class RunDirectory:
 
     def _saves(self) -> list[Path]:
         return list(self.path.glob("checkpoint-*"))
+
+
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in settings.items() if key not in _FREE}
+    return kept | {"batch_size": kept["batch_size"] * kept.pop("accumulation")}
 
 
 def step_of(save: Path) -> int:

@@ -153,8 +153,8 @@ class StreamCollator:
 
         Returns:
             Arguments of the training forward; `labels` [1, N + 1] from which Trainer counts the tokens that the mean
-            loss is taken over; and of each target `hidden_share` [N], how much of the answer in its block is hidden,
-            and `place` [N] in its block.
+            loss is taken over; of each target `hidden_share` [N], how much of the answer in its block is hidden, and
+            `place` [N] in its block; and how many `response_tokens` [1] there are, hidden or not.
         """
         block = self.config.block_size
         batch = collate([row for _, row in items], pad_id=self.config.mask_token_id or 0)
@@ -184,6 +184,7 @@ class StreamCollator:
             "labels": labels,
             "hidden_share": _hidden_shares(views, loss_mask, block)[view, row, place // block],
             "place": place % block,
+            "response_tokens": loss_mask.sum()[None],
         }
 
     def draw(self, place: int, loss_mask: Tensor) -> Tensor:

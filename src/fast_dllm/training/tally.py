@@ -23,7 +23,7 @@ class Tally:
         self._block_size = block_size
         self._sums = torch.zeros(len(_NAMES) + 1, 2, dtype=torch.float64)
 
-    def add(self, losses: Tensor, is_ar: Tensor, hidden_share: Tensor, place: Tensor, tokens: int) -> None:
+    def add(self, losses: Tensor, is_ar: Tensor, hidden_share: Tensor, place: Tensor, tokens: Tensor) -> None:
         """Add a forward.
 
         Args:
@@ -31,7 +31,7 @@ class Tally:
             is_ar: bool [N].
             hidden_share: float [N], of the answer in the target's block; any value where `is_ar`.
             place: int64 [N], of the target in its block.
-            tokens: response tokens of the forward.
+            tokens: int64 [1], response tokens of the forward.
         """
         # Apple's GPUs have no float64.
         precise = torch.float32 if losses.device.type == "mps" else torch.float64
@@ -41,7 +41,7 @@ class Tally:
         share = (hidden_share * _PARTS).ceil().long().clamp(1, _PARTS) - 1
         sums.index_add_(0, torch.where(is_ar, _AR, share), values)
         sums.index_add_(0, _PARTS + place[~is_ar] * _PARTS // self._block_size, values[~is_ar])
-        sums[-1, 0] += tokens
+        sums[-1, 0] += tokens[0]
 
     def take(self) -> Tensor:
         """The sums, which begin anew: to be added up over processes, and given to `read`."""

@@ -1,5 +1,7 @@
 """`BlockDiffusionTrainer`: transformers' Trainer with our loss, our evaluation and more in its log."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -129,6 +131,7 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
         hidden_share: float = 1.0,
         clock: RunClock,
         evaluation: Evaluation | None = None,
+        complete: Callable[[Path], None] | None = None,
         **kwargs: Any,
     ) -> None:
         """Make the trainer.
@@ -140,6 +143,7 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
             hidden_share: of the response tokens, how many the views hide on average; 0 trains the AR loss alone.
             clock: counts tokens and time for the logs.
             evaluation: what `evaluate` measures.
+            complete: makes a directory of saved weights a checkpoint that can be loaded.
             **kwargs: of transformers.Trainer.
         """
         super().__init__(*args, **kwargs)
@@ -147,6 +151,7 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
         self._clock = clock
         self._tally = Tally(block_size)
         self._evaluation = evaluation
+        self._complete = complete
         # The loss is (diffusion sum + a * AR sum) / hidden tokens; of n response tokens hidden_share * n are hidden.
         # With a = ar_weight * hidden_share that is diffusion mean + ar_weight * AR mean, however much is hidden.
         self._ar_weight = ar_weight * hidden_share if hidden_share else 1.0
@@ -160,10 +165,10 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """Weighted sum of the token losses over the number of tokens in the global batch."""
         inputs = dict(inputs)
-        labels, hidden_share, place = (inputs.pop(name) for name in NOT_FOR_THE_MODEL)
+        labels, hidden_share, place, response_tokens = (inputs.pop(name) for name in NOT_FOR_THE_MODEL)
         losses = model(**inputs)
         is_ar = inputs["is_ar"]
-        self._tally.add(losses, is_ar, hidden_share, place, tokens=labels.shape[1] - 1)
+        self._tally.add(losses, is_ar, hidden_share, place, response_tokens)
         weights = torch.where(is_ar, self._ar_weight, 1.0)
         count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         # Where nothing is hidden there is nothing to learn: a loss of 0, not 0 / 0.
@@ -171,6 +176,14 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
         return (loss, {"losses": losses}) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights, and what makes them a checkpoint; FSDP's parts of them are none."""
+        super().save_model(output_dir, _internal_call)
+        directory = Path(output_dir or str(self.args.output_dir))
+        is_whole = any((directory / name).exists() for name in ("config.json", "adapter_config.json"))
+        if self._complete is not None and self.args.should_save and is_whole:
+            self._complete(directory)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure what the trainer was given to measure, and log it; the training's clock stands still meanwhile."""
