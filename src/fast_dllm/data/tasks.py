@@ -239,7 +239,7 @@ def _stream(name: str, first_seed: int, seen: set[str]) -> Iterator[Item]:
         import reasoning_gym
     except ImportError as error:
         raise FastDLLMError(
-            f"task {name!r}: reasoning-gym is not installed; run pip install 'fast-dllm[demo]'"
+            f"task {name!r}: reasoning-gym is not installed; run pip install '.[demo]' in fast-dllm's directory"
         ) from error
 
     spec = TASKS[name]

@@ -151,7 +151,7 @@ def _task_manager(names: Sequence[str]) -> Any:
     except ImportError as error:
         raise FastDLLMError(
             f"task {', '.join(names)}: unknown; choose from {', '.join(TASKS)}, or for lm-evaluation-harness's tasks "
-            "run pip install 'fast-dllm[eval]'"
+            "run pip install '.[eval]' in fast-dllm's directory"
         ) from error
     for name in names:
         if name not in manager.task_index:

@@ -23,7 +23,7 @@ def provide_punkt_tab() -> tempfile.TemporaryDirectory[str] | None:
         import nltk
         from nltk.tokenize.punkt import save_punkt_params
     except ImportError as error:
-        raise FastDLLMError("nltk is not installed; run pip install 'fast-dllm[eval]'") from error
+        raise FastDLLMError("nltk is not installed; run pip install '.[eval]' in fast-dllm's directory") from error
     try:
         nltk.data.find(f"{_MODEL}/")
     except LookupError:

@@ -28,7 +28,7 @@ def quantise_linears(model: Any, dtype: torch.dtype) -> None:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:
         raise FastDLLMError(
-            "lora_base='nf4': bitsandbytes is not installed; run pip install 'fast-dllm[qlora]'"
+            "lora_base='nf4': bitsandbytes is not installed; run pip install '.[qlora]' in fast-dllm's directory"
         ) from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     linears = [(name, module) for name, module in model.get_decoder().named_modules() if type(module) is nn.Linear]
