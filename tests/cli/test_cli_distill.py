@@ -22,7 +22,7 @@ def test_prompts_become_chats(run, plain, prompts, tmp_path):
     assert (outcome.code, outcome.err) == (0, "")
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert 0 < len(rows) < 40
-    assert f"kept        {len(rows)} of 40 answers" in outcome.out
+    assert f"kept        {len(rows)} of 40 conversations" in outcome.out
     assert all([message["role"] for message in row["messages"]] == ["user", "assistant"] for row in rows)
 
 
@@ -70,6 +70,22 @@ def test_answers_at_the_end_of_conversations_are_replaced(run, plain, chats, tmp
     rows = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
     assert rows
     assert all(row[0] in asked and len(row) == 2 for row in rows)
+
+
+def test_conversations_of_parquet_are_answered_turn_by_turn(run, plain, chats, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    asked = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
+    twice = [{"messages": [*messages, *messages], "id": n} for n, messages in enumerate(asked)]
+    path, out = tmp_path / "chats.parquet", tmp_path / "own.jsonl"
+    datasets.Dataset.from_list(twice).to_parquet(str(path))
+    outcome = run("distill", plain, "--prompts", path, "--out", out, *FLAGS)
+    assert outcome.code == 0, outcome.err
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {len(row["messages"]) for row in rows} == {2, 4}
+    theirs = {messages[1]["content"] for messages in asked}
+    for row in rows:
+        assert row["messages"][0] == row["messages"][-2] == asked[row["id"]][0]
+        assert not theirs & {message["content"] for message in row["messages"]}
 
 
 def test_bad_rows_are_told_or_skipped(run, plain, tmp_path):

@@ -1,5 +1,6 @@
 import json
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 
@@ -136,3 +137,86 @@ def test_prompts_too_long_are_refused_by_place_or_left_out(model, tmp_path):
     assert whole.refused == 0
     refused = {f"q{number}" for number in (0, 3, 4, 7)}
     assert written(tmp_path / "a.jsonl") == [row for row in written(tmp_path / "b.jsonl") if row["id"] not in refused]
+
+
+def turns(*texts):
+    roles = ("user", "assistant")
+    return [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+class Parrot:
+    """Answers with the last question and how much came before; what has "endless" in it reaches the limit."""
+
+    def __init__(self):
+        self.asked = []
+
+    def answers(self, prompts, decoding, *, max_batch):
+        for messages in prompts:
+            if "too long" in messages[-1]["content"]:
+                raise FastDLLMError("prompt exceeds the model's positions")
+
+        def replies():
+            for number, messages in enumerate(prompts):
+                question = messages[-1]["content"]
+                self.asked.append((decoding.seed + number, messages))
+                finish = "length" if "endless" in question else "stop"
+                yield SimpleNamespace(text=f"{question} after {len(messages) - 1}", finish=finish)
+
+        return replies()
+
+
+def test_every_answer_of_a_conversation_is_the_models_own(tmp_path):
+    system = {"role": "system", "content": "be brief"}
+    prompts = [
+        Prompt([system, *turns("a", "theirs", "b", "theirs", "c")], 1),
+        Prompt(turns("d")),
+        Prompt([*turns("e", "theirs"), {"role": "assistant", "content": "theirs too"}, *turns("f", "theirs")]),
+        Prompt([system, {"role": "assistant", "content": "a greeting"}, *turns("g", "theirs")]),
+    ]
+    model = Parrot()
+    result = distill(model, prompts, tmp_path / "chats.jsonl", SAMPLED)
+    assert written(tmp_path / "chats.jsonl") == [
+        {"id": 1, "messages": [system, *turns("a", "a after 1", "b", "b after 3", "c", "c after 5")]},
+        {"messages": turns("d", "d after 0")},
+        {"messages": turns("e", "e after 0", "f", "f after 2")},
+        {"messages": [system, *turns("g", "g after 1")]},
+    ]
+    assert (result.prompts, result.kept) == (4, 4)
+    assert [seed for seed, _ in model.asked] == list(range(5, 12))
+
+
+@pytest.mark.parametrize("keep_unfinished", [False, True])
+def test_a_conversation_is_written_as_far_as_it_was_answered(tmp_path, keep_unfinished):
+    prompts = [
+        Prompt(turns("a", "theirs", "b endless", "theirs", "c")),
+        Prompt(turns("too long", "theirs", "d"), place="chats.jsonl:2"),
+        Prompt(turns("e", "theirs", "too long"), place="chats.jsonl:3"),
+    ]
+    bad = BadRows(skip=True)
+    model, out = Parrot(), tmp_path / "chats.jsonl"
+    result = distill(model, prompts, out, SAMPLED, keep_unfinished=keep_unfinished, bad=bad)
+    unfinished = turns("a", "a after 0", "b endless", "b endless after 2")
+    assert [row["messages"] for row in written(out)] == [
+        unfinished if keep_unfinished else unfinished[:2],
+        turns("e", "e after 0"),
+    ]
+    assert (result.kept, result.unfinished, result.refused) == (2, 1, 2)
+    assert bad.examples == ["chats.jsonl:2: prompt exceeds the model's positions"]
+
+
+@pytest.mark.parametrize("stop_after", range(8))
+def test_a_stopped_run_goes_on_within_its_conversations(model, tmp_path, stop_after):
+    prompts = [Prompt(turns(f"q{n}", "theirs", f"r{n}", "theirs", f"s{n}")) for n in range(6)]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "chats.jsonl"
+    decoding = autoregressive(max_new_tokens=90, temperature=1.0, seed=5)
+    expected = distill(model, prompts, whole, decoding)
+    assert max(len(row["messages"]) for row in written(whole)) == 6
+
+    def stopped(answers, done):
+        yield from islice(answers, stop_after)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        distill(model, prompts, out, decoding, watch=stopped)
+    assert distill(model, prompts, out, decoding) == expected
+    assert out.read_text() == whole.read_text()

@@ -1,9 +1,11 @@
 import io
 import json
 import sys
+import tracemalloc
 
 import pytest
 
+from fast_dllm.data import sources
 from fast_dllm.data.prompts import Prompt, read_prompts
 from fast_dllm.data.sources import BadRows, Source, parse_sources, read_documents
 from fast_dllm.errors import FastDLLMError
@@ -130,9 +132,9 @@ def test_a_parquet_file_is_read_through_datasets(tmp_path, monkeypatch, stream):
         read_chats(tmp_path / "bad.parquet", stream=stream)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_hub_name_is_loaded_with_its_subset_and_split(tmp_path, monkeypatch, stream):
-    """There is no hub here: `datasets` reads the directory of that name as it reads a repository."""
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """There is no hub here: `datasets` reads the directory "owner/name" as it reads a repository."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     repository = tmp_path / "hub" / "owner" / "name"
@@ -142,11 +144,15 @@ def test_a_hub_name_is_loaded_with_its_subset_and_split(tmp_path, monkeypatch, s
     card = "---\nconfigs:\n- {config_name: one, data_files: [{split: train, path: first.jsonl}]}\n"
     card += "- {config_name: two, data_files: [{split: extra, path: second.jsonl}]}\n---\n"
     (repository / "README.md").write_text(card)
-    source = Source(source="owner/name", subset="two", split="extra")
-    assert source.is_hub_name
+    assert Source(source="owner/name").is_hub_name
     # From here on the name is a directory too: Source itself would call it one.
     monkeypatch.chdir(tmp_path / "hub")
     monkeypatch.setattr(Source, "is_hub_name", True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hub_name_is_loaded_with_its_subset_and_split(hub, stream):
+    source = Source(source="owner/name", subset="two", split="extra")
     documents = list(read_documents(source, BadRows(), stream=stream))
     assert [(document.place, document.content) for document in documents] == [
         ("owner/name two extra row:1", CHAT),
@@ -173,7 +179,7 @@ def test_a_hub_data_set_that_does_not_come_is_one_line():
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(FastDLLMError, match=r"pip install 'fast-dllm\[train\]'"):
+    with pytest.raises(FastDLLMError, match=r"pip install '\.\[train\]'"):
         read_chats("owner/name")
 
 
@@ -199,6 +205,23 @@ def test_bad_rows_are_counted_and_told_when_they_may_be_skipped(tmp_path):
     assert read_chats(path, bad) == [CHAT, CHAT]
     assert bad.count == 3
     assert [example.split(" ")[0] for example in bad.examples] == [f"{path}:{line}:" for line in (2, 3, 5)]
+
+
+def test_of_bad_rows_without_end_the_first_are_kept_and_the_others_counted(monkeypatch):
+    monkeypatch.setattr(sources, "_REMEMBERED", 100)
+    bad = BadRows(skip=True)
+    tracemalloc.start()
+    for _ in range(2):
+        for row in range(100):
+            bad.add(f"row:{row}", FastDLLMError("long " * 1000))
+    assert bad.count == 100
+    for row in range(100, 2000):
+        bad.add(f"row:{row}", FastDLLMError("long " * 1000))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bad.count == 2000
+    assert len(bad.examples) == 5
+    assert held < 200_000
 
 
 def test_a_source_of_bad_rows_only_is_refused_all_the_same(tmp_path):
@@ -302,6 +325,64 @@ def test_an_answer_at_the_end_is_left_out_where_a_new_one_is_wanted(tmp_path):
         Prompt([CHAT[0]]),
         Prompt([CHAT[0]]),
     ]
+
+
+PROMPT_ROWS = [{"messages": CHAT, "id": "x1"}, {"messages": [CHAT[0]], "id": "x2"}]
+PROMPTS = [asked("2 + 3?", "x1"), asked("2 + 3?", "x2")]
+
+
+def test_prompts_are_read_from_what_training_data_is_read_from(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    array, parquet = write(tmp_path / "chats.json", json.dumps(PROMPT_ROWS, indent=2)), tmp_path / "chats.parquet"
+    datasets.Dataset.from_list(PROMPT_ROWS).to_parquet(str(parquet))
+    for path in (array, parquet):
+        prompts = read_prompts(path, replace_answers=True)
+        assert prompts == PROMPTS
+        assert [prompt.place for prompt in prompts] == [f"{path} row:1", f"{path} row:2"]
+        with pytest.raises(FastDLLMError, match=r"row:1: the last message is the assistant's"):
+            read_prompts(path)
+    both = json.dumps([str(array), {"source": str(parquet)}])
+    assert read_prompts(both, replace_answers=True) == PROMPTS * 2
+
+
+def test_prompts_are_read_from_a_hub_data_set(hub):
+    found = read_prompts('{"source": "owner/name", "subset": "two", "split": "extra"}', replace_answers=True)
+    assert found == [asked("2 + 3?")] * 2
+    assert found[1].place == "owner/name two extra row:2"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("a.json", '[{"text": "x"}]', r"a\.json row:1: no prompt \(keys: text\); each row must be"),
+        ("a.json", "[3]", r'a\.json row:1: a JSON int, not an object; write {"prompt"'),
+        ("a.json", "[]", r"a\.json: has no prompts"),
+        ("a.jsonl", '{"prompt": null}', r"a\.jsonl:1: no prompt \(keys: prompt\)"),
+    ],
+)
+def test_a_bad_source_of_prompts_is_named(tmp_path, name, content, error):
+    with pytest.raises(FastDLLMError, match=error):
+        read_prompts(write(tmp_path / name, content))
+
+
+def test_prompts_have_no_weight(tmp_path):
+    path = write(tmp_path / "prompts.txt", "first")
+    with pytest.raises(FastDLLMError, match=r"prompts\.txt: prompts are asked once each, so they have no weight"):
+        read_prompts(f"{path}:2")
+
+
+def test_a_prompt_beside_its_conversation_is_left_to_the_conversation(tmp_path):
+    path = write(tmp_path / "chats.jsonl", json.dumps({"prompt": "2 + 3?", "messages": [*CHAT, *CHAT]}))
+    [prompt] = read_prompts(path, replace_answers=True)
+    assert prompt.messages == [*CHAT, CHAT[0]]
+    with pytest.raises(FastDLLMError, match="both prompt and messages"):
+        read_prompts(path)
+
+
+def test_a_column_of_messages_may_be_empty_where_there_is_a_prompt(tmp_path):
+    path = write(tmp_path / "prompts.jsonl", json.dumps({"prompt": "2 + 3?", "messages": None}))
+    assert read_prompts(path) == [asked("2 + 3?")]
 
 
 def test_bad_prompts_are_skipped_and_counted_on_request(tmp_path):

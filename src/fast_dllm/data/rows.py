@@ -86,21 +86,23 @@ def prompt_of(row: Mapping[str, Any], *, replace_answer: bool = False) -> list[M
 
     Args:
         row: of a file of prompts.
-        replace_answer: drop an answer at the end of a conversation; otherwise it is an error.
+        replace_answer: drop an answer at the end of a conversation; otherwise it is an error. A row with a prompt
+            beside the conversation (as data sets of chats have it) is that conversation; otherwise it is an error too.
 
     Raises:
         FastDLLMError: for another shape, or a conversation that does not end with the user's message.
 
     """
-    if "prompt" in row:
-        if "messages" in row:
+    is_chat = row.get("messages") is not None
+    if row.get("prompt") is not None and not (is_chat and replace_answer):
+        if is_chat:
             raise FastDLLMError("has both prompt and messages; keep one")
         if not _string(row, "prompt").strip():
             raise FastDLLMError("prompt is empty; write what to ask or drop the row")
         return check_messages([{"role": "user", "content": row["prompt"]}])
     messages = _conversation(row)
     if messages is None:
-        raise FastDLLMError(f"no prompt (keys: {', '.join(row) or 'none'}); each line must be {PROMPT_ROW}")
+        raise FastDLLMError(f"no prompt (keys: {', '.join(row) or 'none'}); each row must be {PROMPT_ROW}")
     while replace_answer and messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages or messages[-1]["role"] != "user":

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from fast_dllm.data.rows import CHAT_ROW, Content, check_object, content_of, json_object
 from fast_dllm.errors import FastDLLMError
@@ -16,6 +16,10 @@ from fast_dllm.errors import FastDLLMError
 _TEXT_SUFFIXES = (".txt", ".md")
 _SUFFIXES = (".jsonl", ".json", ".parquet", *_TEXT_SUFFIXES)
 _EXAMPLES = 5
+_REMEMBERED = 100_000
+
+_Raw = TypeVar("_Raw")
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +79,19 @@ class BadRows:
     def __init__(self, *, skip: bool = False) -> None:
         """Nothing has been found yet."""
         self.skip = skip
-        self._errors: dict[str, str] = {}
+        self._count = 0
+        self._examples: list[str] = []
+        self._places: set[str] = set()
 
     @property
     def count(self) -> int:
-        """Rows left out. A row that is met again counts once."""
-        return len(self._errors)
+        """Rows left out. A row that is met again, in another epoch, counts once, if it was among the first 100,000."""
+        return self._count
 
     @property
     def examples(self) -> list[str]:
         """What was wrong with the first of them."""
-        return [f"{place}: {error}" for place, error in list(self._errors.items())[:_EXAMPLES]]
+        return list(self._examples)
 
     def add(self, place: str, error: FastDLLMError) -> None:
         """Count a row.
@@ -96,7 +102,13 @@ class BadRows:
         """
         if not self.skip:
             raise FastDLLMError(f"{place}: {error}") from error
-        self._errors[place] = str(error)
+        if place in self._places:
+            return
+        self._count += 1
+        if len(self._places) < _REMEMBERED:  # a stream has no end
+            self._places.add(place)
+        if len(self._examples) < _EXAMPLES:
+            self._examples.append(f"{place}: {error}")
 
 
 def parse_sources(data: object) -> list[Source]:
@@ -137,18 +149,67 @@ def read_documents(source: Source, bad: BadRows, *, stream: bool = False) -> Ite
         FastDLLMError: for a source that cannot be read or has no usable row, or as `bad` does.
 
     """
-    parse, rows = _open(source, stream=stream)
-    is_empty = True
+    path, found = Path(source.source), False
+    if not source.is_hub_name and path.suffix.lower() in _TEXT_SUFFIXES:
+        rows: Iterator[tuple[str, Content]] = usable(_text_file(path), _as_text, bad)
+    else:
+        rows = read_rows(source, content_of, bad, shape=CHAT_ROW, stream=stream)
+    for place, content in rows:
+        found = True
+        yield Document(content, place)
+    if not found:
+        raise FastDLLMError(f"{source.source}: has no rows; each row must be {CHAT_ROW}")
+
+
+def read_rows(
+    source: Source, use: Callable[[Mapping[str, Any]], _Row], bad: BadRows, *, shape: str, stream: bool = False
+) -> Iterator[tuple[str, _Row]]:
+    """Read the objects of a source, as `read_documents` does what is no text.
+
+    Args:
+        source: what to read.
+        use: makes of an object what is wanted; may refuse it.
+        bad: told of every row that cannot be used.
+        shape: what a row should look like, for the error.
+        stream: take a hub data set as it comes.
+
+    Returns:
+        What `use` made, each with the place of its row.
+
+    Raises:
+        FastDLLMError: for a source that cannot be read, or as `bad` does.
+
+    """
+    path = Path(source.source)
+    if source.is_hub_name or path.suffix.lower() == ".parquet":
+        return usable(_loaded_rows(source, stream=stream), use, bad)
+    if path.suffix.lower() == ".json" and _is_array(path):
+        return usable(_array_rows(path), lambda row: use(check_object(row, f"write {shape}")), bad)
+    return usable(_lines(path), lambda line: use(json_object(decode(line), shape)), bad)
+
+
+def usable(rows: Iterable[tuple[str, _Raw]], use: Callable[[_Raw], _Row], bad: BadRows) -> Iterator[tuple[str, _Row]]:
+    """The rows that can be used.
+
+    Args:
+        rows: with their places.
+        use: makes of a row what is wanted; may refuse it.
+        bad: told of every row that was refused.
+
+    Returns:
+        What `use` made, each with the place of its row.
+
+    Raises:
+        FastDLLMError: as `bad` does.
+
+    """
     for place, raw in rows:
         try:
-            document = Document(parse(raw), place)
+            row = use(raw)
         except FastDLLMError as error:
             bad.add(place, error)
             continue
-        is_empty = False
-        yield document
-    if is_empty:
-        raise FastDLLMError(f"{source.source}: has no rows; each row must be {CHAT_ROW}")
+        yield place, row
 
 
 def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -225,18 +286,6 @@ def _from_mapping(values: Mapping[str, Any]) -> Source:
     return Source(**values)
 
 
-def _open(source: Source, *, stream: bool) -> tuple[Callable[[Any], Content], Iterable[tuple[str, Any]]]:
-    """How to read a row, and the rows with their places."""
-    path = Path(source.source)
-    if source.is_hub_name or path.suffix.lower() == ".parquet":
-        return content_of, _loaded_rows(source, stream=stream)
-    if path.suffix.lower() in _TEXT_SUFFIXES:
-        return _as_text, _text_file(path)
-    if path.suffix.lower() == ".json" and _is_array(path):
-        return lambda row: content_of(check_object(row, f"write {CHAT_ROW}")), _array_rows(path)
-    return lambda line: content_of(json_object(decode(line), CHAT_ROW)), _lines(path)
-
-
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     with open_file(path) as file:
         for number, line in numbered_lines(file):
@@ -279,7 +328,9 @@ def _loaded_rows(source: Source, *, stream: bool) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError as error:
-        raise FastDLLMError(f"{name}: datasets is not installed; run pip install 'fast-dllm[train]'") from error
+        raise FastDLLMError(
+            f"{name}: datasets is not installed; run pip install '.[train]' in fast-dllm's directory"
+        ) from error
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of an error, it raises too
     # datasets raises what its file systems and the network raise, and of a stream only while it is read.
     try:
