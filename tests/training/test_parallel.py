@@ -1,6 +1,7 @@
 """Two processes (gloo, on the CPU) give the losses of one with the same global batch."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -25,16 +26,22 @@ def run(base: str, out: Path, launcher: list[str], *flags: str, **options: objec
     command = [*launcher, SCRIPT, base, str(out), json.dumps(OPTIONS | options), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [
-        json.loads(line) for line in out.with_name(f"{out.name}.run").joinpath("log.jsonl").read_text().splitlines()
-    ]
+    return log_of(out)
+
+
+def log_of(out: Path) -> list[dict[str, float]]:
+    log = out.with_name(f"{out.name}.run") / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def launch(config: str) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = ["--config_file", str(RECIPES / config), "--num_processes", "2", "--main_process_port", str(port)]
+    flags = ["--config_file", str(RECIPES / config), "--num_processes", "2", "--main_process_port", free_port()]
     return [sys.executable, "-m", "accelerate.commands.launch", *flags]
 
 
@@ -83,3 +90,37 @@ def test_a_process_whose_time_is_up_ends_the_run_for_all(tmp_path):
     lines = run(base, tmp_path / "out", launch("ddp.yaml"), "--fast-clock", **options)
     [step] = [line for line in lines if "loss" in line]
     assert step["elapsed_s"] >= 30 * 60  # so that who goes on with the save trains no more, whichever clock it was
+
+
+@pytest.mark.timeout(300)
+def test_the_command_of_two_processes_is_that_of_one(tmp_path):
+    base, data = save_tiny(tmp_path / "base", adapted=False), tmp_path / "chats.jsonl"
+    rows = [
+        [{"role": "user", "content": f"add {n} and 1"}, {"role": "assistant", "content": f"it is {n + 1}."}]
+        for n in range(40)
+    ]
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    options = ["--steps", "6", "--warmup-steps", "0", "--learning-rate", "3e-3", "--dtype", "float32", "--lora-rank"]
+    options += ["0", "--max-length", "64", "--block-size", "8", "--eval-samples", "2"]
+    scripts = Path(sys.executable).parent
+    torchrun = [str(scripts / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port(), "--no-python"]
+
+    def run_command(name: str, launcher: list[str], batch_size: int) -> subprocess.CompletedProcess[str]:
+        command = [*launcher, str(scripts / "fast-dllm"), "adapt", "--model", base, "--data", str(data)]
+        command += ["--out", str(tmp_path / name), "--batch-size", str(batch_size), *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    one, two = run_command("one", [], 4), run_command("two", torchrun, 2)
+    told = [line.split()[0] for line in one.stdout.splitlines()]
+    assert told == ["samples", "held-out", "steps", "time", "checkpoint", "next"]
+    assert [line.split()[0] for line in two.stdout.splitlines()] == told
+    steps = [line for line in two.stderr.splitlines() if line.startswith("step 1 of 6")]
+    assert len(steps) == 1
+    losses = [[line["loss"] for line in log_of(tmp_path / name) if "loss" in line] for name in ("one", "two")]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    whole, parallel = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(whole[name], parallel[name], atol=1e-3) for name in whole)

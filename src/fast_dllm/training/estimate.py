@@ -14,19 +14,24 @@ Names: L tokens of a row, T positions of the laid-out row, N scored tokens, D to
 """
 
 import os
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.objective import CHUNK
-from fast_dllm.training.attention import PIECE
+from fast_dllm.training.attention import PIECE, supports_pieces
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.quantised import BITS_PER_WEIGHT
 
 _FLOAT32, _BFLOAT16 = 4, 2
 _USABLE = 0.9
+_MOST = 0.9
 GIB = 1 << 30
 
 
@@ -89,7 +94,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Widths of a decoder; `linear` counts the weights of one layer's matrices, `all` every parameter once."""
+    """Widths of a decoder. Of one layer's matrices `linear` counts the weights, `inputs` and `outputs` add up widths.
+
+    `all` counts every parameter once; `scores` are the heads whose scores are kept: none, where attention is torch's.
+    """
 
     layers: int
     hidden: int
@@ -98,26 +106,61 @@ class _Shape:
     mlp: int
     vocabulary: int
     linear: int
+    inputs: int
+    outputs: int
     all: int
-    lora_inputs: int
+    in_pieces: bool
+    scores: int
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "_Shape":
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if architecture is None:
+            raise _unknown(config, "it is no decoder-only language model")
+        attention = "sdpa" if architecture._supports_sdpa else "eager"  # as it is loaded
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layer = [module for module in model.get_decoder().layers[0].modules() if isinstance(module, torch.nn.Linear)]
+            model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=attention)
+        sizes = config.get_text_config()
+        count, heads = (getattr(sizes, name, None) or 0 for name in ("num_hidden_layers", "num_attention_heads"))
+        found = (x for x in model.get_decoder().modules() if isinstance(x, nn.ModuleList) and len(x) == count)
+        layers = next(found, nn.ModuleList())
+        products = [_inputs_and_outputs(x) for x in layers.modules() if isinstance(x, nn.Linear | Conv1D)]
+        if not heads or not products:
+            raise _unknown(config, "no list of layers with attention is found in it")
+        # Weights elsewhere are those of experts: few of them work at a time, and no adapter is put on them.
+        linear = sum(inputs * outputs for inputs, outputs in products)
+        if linear < _MOST * sum(parameter.numel() for parameter in layers.parameters()):
+            raise _unknown(config, "many weights of its layers are in no linear layer, as those of experts are")
+        head = getattr(sizes, "head_dim", None) or sizes.hidden_size // heads
         return cls(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            query=config.num_attention_heads * head,
-            key_value=getattr(config, "num_key_value_heads", config.num_attention_heads) * head,
-            mlp=config.intermediate_size,
+            layers=count,
+            hidden=sizes.hidden_size,
+            query=heads * head,
+            key_value=getattr(sizes, "num_key_value_heads", heads) * head,
+            # Families have their own names for it; it is the widest that leads back to the stream.
+            mlp=max(inputs for inputs, outputs in products if outputs == sizes.hidden_size),
             vocabulary=model.get_input_embeddings().num_embeddings,
-            linear=sum(module.weight.numel() for module in layer),
+            linear=linear // count,
+            inputs=sum(inputs for inputs, _ in products) // count,
+            outputs=sum(outputs for _, outputs in products) // count,
             all=sum(parameter.numel() for parameter in model.parameters()),
-            lora_inputs=sum(module.in_features + module.out_features for module in layer),
+            in_pieces=supports_pieces(model),
+            scores=heads if attention == "eager" else 0,
         )
+
+    @property
+    def mlp_kept(self) -> int:
+        """Of a gated MLP the gate, its activation, up, and the product; of another one five steps, as GPT-2's GELU."""
+        is_gated = self.outputs >= self.query + 2 * self.key_value + 2 * self.hidden + 2 * self.mlp
+        return (4 if is_gated else 5) * self.mlp
+
+
+def _inputs_and_outputs(product: Any) -> tuple[int, int]:
+    return (product.nx, product.nf) if isinstance(product, Conv1D) else (product.in_features, product.out_features)
+
+
+def _unknown(config: PretrainedConfig, why: str) -> FastDLLMError:
+    return FastDLLMError(f"model_type={config.model_type!r}: cannot be estimated: {why}; leave out --dry-run")
 
 
 def estimate(config: PretrainedConfig, options: AdaptOptions, devices: Devices) -> Estimate:
@@ -127,11 +170,12 @@ def estimate(config: PretrainedConfig, options: AdaptOptions, devices: Devices) 
         config: of the model.
         options: of the run; dtype "auto" counts as float32.
         devices: where it goes.
+
+    Raises:
+        FastDLLMError: for a model that is built in another way.
     """
     shape = _Shape.of(config)
-    # The mask token's row is trained too; with tied embeddings peft keeps it once.
-    adapter = options.lora_rank * shape.lora_inputs * shape.layers + shape.hidden
-    trainable = adapter if options.lora_rank else shape.all
+    trainable = _adapter(shape, options) if options.lora_rank else shape.all
     share = devices.processes if devices.sharded else 1
     buckets = 1 if devices.processes > 1 and not devices.sharded else 0
     rows = options.batch_size * options.accumulation
@@ -153,7 +197,7 @@ def check(config: PretrainedConfig, options: AdaptOptions, devices: Devices) -> 
     """The estimate of a run that fits.
 
     Raises:
-        FastDLLMError: when it does not, naming the smallest change after which it does.
+        FastDLLMError: when it does not, naming the smallest change after which it does; or as `estimate`.
     """
     found = estimate(config, options, devices)
     if found.fits(devices):
@@ -202,40 +246,46 @@ def _width(options: AdaptOptions) -> int:
     return _BFLOAT16 if options.dtype == "bfloat16" else _FLOAT32
 
 
+def _adapter(shape: _Shape, options: AdaptOptions) -> int:
+    # The mask token's row is trained too; with tied embeddings peft keeps it once.
+    return options.lora_rank * (shape.inputs + shape.outputs) * shape.layers + shape.hidden
+
+
 def _weights(shape: _Shape, options: AdaptOptions, devices: Devices) -> int:
     width = _width(options)
     if options.lora_rank:
-        adapter = options.lora_rank * shape.lora_inputs * shape.layers + shape.hidden
         linear = shape.linear * shape.layers if options.lora_base == "nf4" else 0
-        return width * (shape.all - linear) + int(BITS_PER_WEIGHT / 8 * linear) + _FLOAT32 * adapter
+        adapter = _FLOAT32 + (width if width == _BFLOAT16 else 0)
+        base = width * (shape.all - linear) + int(BITS_PER_WEIGHT / 8 * linear)
+        return base + adapter * _adapter(shape, options)
     if devices.sharded:
         # Two layers are gathered at a time (the next one comes while one is computed), embedding and head stay.
         gathered = 2 * shape.linear + 2 * shape.vocabulary * shape.hidden
         return _FLOAT32 * shape.all // devices.processes + width * gathered
-    copies = _BFLOAT16 * shape.linear * shape.layers if width == _BFLOAT16 else 0
-    return _FLOAT32 * shape.all + copies
+    copied = shape.linear * shape.layers + shape.vocabulary * shape.hidden
+    return _FLOAT32 * shape.all + (_BFLOAT16 * copied if width == _BFLOAT16 else 0)
 
 
 def _activations(shape: _Shape, options: AdaptOptions) -> int:
-    per_row = _with_backward(options)
+    per_row, (_, scored) = _with_backward(options), positions(options)
     width, rows = _width(options), options.batch_size
     wide, lora = _FLOAT32, bool(options.lora_rank)
     # A norm keeps its input (in float32), what it multiplies by a weight that is trained, and its product.
     last = shape.hidden * (wide + (0 if lora else wide))  # what follows the last norm keeps its own rows only
     norm = last + shape.hidden * width
     attention = 2 * (shape.query + shape.key_value) * width  # q, k, v and what they come to
-    mlp = 4 * shape.mlp * width  # gate, its activation, up, and the product
-    layer = 2 * norm + attention + mlp + 7 * options.lora_rank * wide
+    scores = shape.scores * per_row
+    layer = 2 * norm + attention + shape.mlp_kept * width + scores * 2 * wide + 7 * options.lora_rank * wide
     stream = shape.hidden * (width if lora else wide)
     # Without an adapter only results of products and attention are kept (training/recompute.py).
-    products = (2 * shape.query + 2 * shape.key_value + 2 * shape.hidden + 2 * shape.mlp) * width
+    products = (shape.outputs + shape.query + scores) * width
     if options.gradient_checkpointing:
         kept = shape.layers * stream + layer
     else:
         kept = shape.layers * layer if lora else shape.layers * (stream + products) + layer
     seen = per_row * (per_row // 4)  # booleans of the pieces of a mask
     logits = 3 * wide * min(CHUNK, rows * options.max_length) * shape.vocabulary
-    return rows * (per_row * (kept + last) + seen) + logits
+    return rows * (per_row * (kept + last) + seen + scored * stream) + logits
 
 
 def _flops(shape: _Shape, options: AdaptOptions) -> float:
@@ -246,7 +296,7 @@ def _flops(shape: _Shape, options: AdaptOptions) -> float:
     again = 1 if options.gradient_checkpointing else 0
     learning = _with_backward(options)
     linear = 2.0 * shape.linear * shape.layers * (per_row + learning * (backward + again))
-    seen = options.max_length / 2 + PIECE
+    seen = options.max_length / 2 + PIECE if shape.in_pieces else per_row
     attention = 4.0 * shape.query * seen * shape.layers * (per_row + learning * (1 + 2.5 + again))
     total = max(options.batch_size * scored, 1)
     last = (total - 1) % CHUNK + 1  # of the chunks of logits the only one that is not computed twice
