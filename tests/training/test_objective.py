@@ -1,5 +1,7 @@
 """The three-stream layout gives the numbers of the plain one: each view beside a clean stream of its own."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,9 @@ from fast_dllm.masks import CLEAN, NOWHERE, Tokens, dense_mask
 from fast_dllm.model.forward import head_logits, hidden_states
 from fast_dllm.noise import draw_views
 from fast_dllm.objective import lay_out, token_losses
+from fast_dllm.training.lora import wrap_with_lora
+from fast_dllm.training.options import AdaptOptions
+from fast_dllm.training.trainer import with_training_forward
 from tiny import ARCHITECTURES, tiny_model
 
 MASK_ID, BLOCK = 63, 8
@@ -87,10 +92,36 @@ def test_loss_does_not_depend_on_how_the_batch_is_split(seed, rows):
     assert len(whole) == sum(map(len, parts))
 
 
-@settings(max_examples=30)
+@cache
+def training_model(attention, gated):
+    """A model with the training forward and, where gated, an adapter that is not nothing."""
+    model = with_training_forward(tiny_model("qwen2", dtype=torch.float64), attention)
+    if not gated:
+        return model
+    options = AdaptOptions(context_attention="causal", gated_lora=True, mask_ratio=1.0, lora_rank=4, block_size=BLOCK)
+    wrapped = wrap_with_lora(model, MASK_ID, options, None).double()
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            weight.data = 0.1 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+    return wrapped
+
+
+KINDS = {
+    "block context": {"attention": "block"},
+    "causal context": {"attention": "causal"},
+    "causal with an AR loss": {"attention": "causal", "with_ar": True},
+    "AR alone": {"attention": "causal", "with_ar": True, "views": 0},
+    "gated": {"attention": "causal", "gated": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@settings(max_examples=10)
 @given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=5), seed=st.integers(0, 1000))
-def test_packed_samples_have_the_loss_of_unpacked_ones(lengths, seed):
-    model = tiny_model("qwen2", dtype=torch.float64)
+def test_packed_samples_have_the_loss_of_unpacked_ones(kind, lengths, seed):
+    attention, with_ar, views = kind["attention"], kind.get("with_ar", False), kind.get("views", 2)
+    model = training_model(attention, kind.get("gated", False))
     generator = torch.Generator().manual_seed(seed)
     samples = [
         Sample(
@@ -100,32 +131,34 @@ def test_packed_samples_have_the_loss_of_unpacked_ones(lengths, seed):
         for n in lengths
     ]
     per_sample = [
-        draw_views(row.loss_mask, BLOCK, torch.Generator().manual_seed(seed + i))
+        draw_views(row.loss_mask, BLOCK, torch.Generator().manual_seed(seed + i))[:views]
         for i, sample in enumerate(samples)
         for row in pack([sample], length=160, block_size=BLOCK, pad_id=MASK_ID)
     ]
 
-    def loss(rows, views):
+    def loss(rows, drawn):
         b = collate(rows, pad_id=MASK_ID)
         streams = lay_out(
             b["input_ids"],
             b["loss_mask"],
-            views,
-            config(),
+            drawn,
+            config(attention),
             position_ids=b["position_ids"],
             document_ids=b["document_ids"],
+            with_ar=with_ar,
         )
         with torch.no_grad():
-            return losses_of(model, streams, "block").sum().item()
+            return model(**streams._asdict() | {"tokens": torch.stack(streams.tokens)}).sum().item()
 
     separate = sum(
-        loss(pack([sample], length=160, block_size=BLOCK, pad_id=MASK_ID), views[:, None])
-        for sample, views in zip(samples, per_sample, strict=True)
+        loss(pack([sample], length=160, block_size=BLOCK, pad_id=MASK_ID), drawn[:, None])
+        for sample, drawn in zip(samples, per_sample, strict=True)
     )
     (packed,) = pack(samples, length=160, block_size=BLOCK, pad_id=MASK_ID)
     # First-fit puts samples that all fit into one row in their own order.
     together = loss([packed], torch.cat(per_sample, dim=1)[:, None])
     assert together == pytest.approx(separate, rel=1e-6, abs=1e-9)
+    assert separate > 0
 
 
 def test_blocks_without_loss_are_left_out():

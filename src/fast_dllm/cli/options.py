@@ -57,7 +57,8 @@ DataOption = Annotated[
         "--data",
         metavar="FILE[:WEIGHT]",
         help="Conversations or texts: JSONL, parquet, .txt, or a hub name (owner/name); may be given several times. "
-        'JSON names more: {"source": ..., "subset": ..., "split": ..., "weight": ...}.',
+        'JSON names more: {"source": ..., "subset": ..., "split": ..., "weight": ...}. WEIGHT is a share of the draws, '
+        "which end when every source was given once: those with more of it repeat until then.",
     ),
 ]
 SkipOption = Annotated[

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from fast_dllm.checkpoint.quiet import quiet
 from fast_dllm.config import ContextAttention
 from fast_dllm.gated_lora import gated_token
 from fast_dllm.masks import CLEAN, NOWHERE, Tokens, dense_mask
@@ -179,7 +180,8 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the weights, and what makes them a checkpoint; FSDP's parts of them are none."""
-        super().save_model(output_dir, _internal_call)
+        with quiet():  # else every save of a whole model shows a bar of its shards
+            super().save_model(output_dir, _internal_call)
         directory = Path(output_dir or str(self.args.output_dir))
         is_whole = any((directory / name).exists() for name in ("config.json", "adapter_config.json"))
         if self._complete is not None and self.args.should_save and is_whole:
