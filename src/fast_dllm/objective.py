@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.masks import CLEAN, NOWHERE, Tokens
 
-CHUNK = 1024
+CHUNK = 512
 """Targets whose logits are held at a time."""
 
 

@@ -27,7 +27,7 @@ from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.estimate import GIB, Devices, check, estimate, positions
 from fast_dllm.training.lora import wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
-from fast_dllm.training.recompute import KEPT, recompute_cheap_operations, recompute_layers
+from fast_dllm.training.recompute import is_kept, recompute_cheap_operations, recompute_layers
 from fast_dllm.training.schedule import StreamCollator
 from fast_dllm.training.trainer import with_training_forward
 from tiny import tiny_model, tiny_tokenizer
@@ -141,15 +141,15 @@ def test_in_bfloat16_the_copies_of_autocast_are_weights_too(lora_rank):
 class _Kept(TorchDispatchMode):
     """What a forward leaves for its backward: what autograd saves, and what selective recomputing keeps."""
 
-    def __init__(self, model, products):
+    def __init__(self, model, *, is_selective):
         super().__init__()
         self.tensors = []
         self._parameters = {x.data_ptr() for x in model.parameters()}
-        self._products = products
+        self._is_selective = is_selective
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
-        if operation in self._products and torch.is_grad_enabled():
+        if self._is_selective and is_kept(operation, args) and torch.is_grad_enabled():
             self.save(out[0] if isinstance(out, tuple) else out)
         return out
 
@@ -161,7 +161,7 @@ class _Kept(TorchDispatchMode):
 
 def kept_by(model, options):
     """Bytes that a forward leaves for its backward, but for logits."""
-    kept = _Kept(model, set() if options.gradient_checkpointing or options.lora_rank else KEPT)
+    kept = _Kept(model, is_selective=not (options.gradient_checkpointing or options.lora_rank))
     with arithmetic(options), kept, torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor):
         loss = model(**batch_of(options)).sum()
     assert loss.isfinite()

@@ -96,7 +96,8 @@ class Estimate:
 class _Shape:
     """Widths of a decoder. Of one layer's matrices `linear` counts the weights, `inputs` and `outputs` add up widths.
 
-    `all` counts every parameter once; `scores` are the heads whose scores are kept: none, where attention is torch's.
+    `kept` are those of the outputs that a full fine-tune keeps (`recompute.is_kept`); `all` counts every parameter
+    once; `scores` are the heads whose scores are kept: none, where attention is torch's.
     """
 
     layers: int
@@ -108,6 +109,7 @@ class _Shape:
     linear: int
     inputs: int
     outputs: int
+    kept: int
     all: int
     in_pieces: bool
     scores: int
@@ -143,6 +145,7 @@ class _Shape:
             linear=linear // count,
             inputs=sum(inputs for inputs, _ in products) // count,
             outputs=sum(outputs for _, outputs in products) // count,
+            kept=sum(outputs for inputs, outputs in products if inputs <= outputs) // count,
             all=sum(parameter.numel() for parameter in model.parameters()),
             in_pieces=supports_pieces(model),
             scores=heads if attention == "eager" else 0,
@@ -278,7 +281,7 @@ def _activations(shape: _Shape, options: AdaptOptions) -> int:
     layer = 2 * norm + attention + shape.mlp_kept * width + scores * 2 * wide + 7 * options.lora_rank * wide
     stream = shape.hidden * (width if lora else wide)
     # Without an adapter only results of products and attention are kept (training/recompute.py).
-    products = (shape.outputs + shape.query + scores) * width
+    products = (shape.kept + shape.query + scores) * width
     if options.gradient_checkpointing:
         kept = shape.layers * stream + layer
     else:

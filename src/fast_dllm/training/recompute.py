@@ -1,5 +1,6 @@
 """Memory for arithmetic: which activations are kept, and which are computed again in the backward."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -8,16 +9,16 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 
 _ATEN = torch.ops.aten
-KEPT = {
-    _ATEN.mm.default,
-    _ATEN.addmm.default,
+_PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default}
+"""Of a linear layer: its weight, transposed, is the last argument."""
+
+_KEPT = _PRODUCTS | {
     _ATEN.bmm.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
 }
-"""Operations whose results `recompute_cheap_operations` keeps."""
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
@@ -43,8 +44,26 @@ def recomputes(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else old))
 
 
+def is_kept(operation: Any, arguments: Sequence[Any]) -> bool:
+    """Whether `recompute_cheap_operations` keeps what an operation comes to.
+
+    Not of a product that is narrower than its input, as an MLP's last one: what it is added to is the next layer's
+    input, which is kept, and torch stops computing again once all is there that the backward reads.
+
+    Args:
+        operation: of ATen.
+        arguments: of the call.
+    """
+    if operation not in _KEPT:
+        return False
+    if operation not in _PRODUCTS:
+        return True
+    inputs, outputs = arguments[-1].shape
+    return bool(inputs <= outputs)
+
+
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_kept(operation, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _enable(model: PreTrainedModel, settings: dict[str, Any]) -> None:
