@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -169,10 +170,17 @@ def test_interrupted_adaptation_goes_on_from_its_save(demo, tmp_path, monkeypatc
     assert steps == list(range(1, STEPS + 1))
 
 
-def test_other_minutes_in_the_same_place_are_refused(demo):
-    settings = demo[0] | {"minutes": 6.0}
-    with pytest.raises(FastDLLMError, match="other settings"):
+def test_more_minutes_go_on_with_what_fewer_left(demo, tmp_path, monkeypatch):
+    settings = demo[0] | {"out": shutil.copytree(demo[0]["out"], tmp_path / "out"), "questions": 1, "minutes": 6.0}
+    patched = live.live_options
+    monkeypatch.setattr(live, "live_options", lambda *asked: replace(patched(*asked), learning_rate=1e-5))
+    with pytest.raises(FastDLLMError, match=r"other settings \(learning_rate\)"):
         run_demo(**settings, console=console())
+    monkeypatch.setattr(live, "live_options", patched)
+    before = _losses(settings["out"] / "adapter.run" / "log.jsonl")
+    report = run_demo(**settings, console=console())
+    assert _losses(settings["out"] / "adapter.run" / "log.jsonl") == before
+    assert report["live_adaptation"]["options"]["max_minutes"] == 6
 
 
 def test_minutes_end_the_live_adaptation():

@@ -98,7 +98,7 @@ def _read_config(directory: Path, *, trust_remote_code: bool) -> PretrainedConfi
         if not trust_remote_code:
             raise FastDLLMError(
                 f"{path}: model_type={model_type!r} needs code that comes with the checkpoint; "
-                "read it, then allow it with trust_remote_code"
+                "read it, then allow it from Python: from_pretrained(..., trust_remote_code=True)"
             )
         try:
             return AutoConfig.from_pretrained(directory, trust_remote_code=True, local_files_only=True)

@@ -66,7 +66,7 @@ def adapt_live(
         console.print(f"The live adaptation in {out / 'adapter'} is finished; not trained again.")
         return done
     if (out / "adapter.run" / "log.jsonl").exists():
-        console.print("Going on with the live adaptation that was interrupted.")
+        console.print("Going on with the live adaptation that was begun.")
     samples, held_out_samples = _render(base, train, held_out, console)
     try:
         # The bar shows the training alone; loading and measuring take their time too.
