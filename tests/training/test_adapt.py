@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.config import BlockDiffusionConfig
@@ -21,6 +21,7 @@ from fast_dllm.training.evaluation import ProbeItem
 from fast_dllm.training.lora import wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.trainer import BlockDiffusionTrainer
+from interrupted import adapt_up_to
 from samples import GATED, make_samples, stream_samples
 from tiny import save_tiny
 
@@ -45,31 +46,12 @@ def assert_same(one: Path, other: Path) -> None:
         assert torch.equal(value, second[name]), name
 
 
-class _Kill(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("lora_rank", [0, 4])
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(base, tmp_path, monkeypatch, step, lora_rank):
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(base, tmp_path, step, lora_rank):
     options = replace(OPTIONS, lora_rank=lora_rank)
     adapt(base, make_samples(), options, tmp_path / "whole")
-    real = adapt_module.BlockDiffusionTrainer
-
-    def killed(*args, **kwargs):
-        trainer = real(*args, **kwargs)
-        trainer.add_callback(_Kill(step))
-        return trainer
-
-    monkeypatch.setattr(adapt_module, "BlockDiffusionTrainer", killed)
-    with pytest.raises(KeyboardInterrupt):
-        adapt(base, make_samples(), options, tmp_path / "resumed")
-    monkeypatch.setattr(adapt_module, "BlockDiffusionTrainer", real)
+    adapt_up_to(step, base, options, tmp_path / "resumed")
     result = adapt(base, make_samples(), options, tmp_path / "resumed")
     assert result.steps == 6
     assert_same(tmp_path / "whole", tmp_path / "resumed")

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from fast_dllm.checkpoint import is_gated, load_checkpoint
 from fast_dllm.errors import FastDLLMError
-from fast_dllm.training import adapt as adapt_module
 from fast_dllm.training.adapt import adapt
-from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.trainer import BlockDiffusionTrainer
+from interrupted import adapt_up_to
 from samples import GATED, make_samples
 from tiny import save_tiny
 
@@ -33,29 +31,6 @@ def base(tmp_path: Path) -> Path:
 def logits(directory: Path) -> torch.Tensor:
     with torch.no_grad():
         return load_checkpoint(directory).model(torch.arange(4, 55)[None]).logits
-
-
-class _EndAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, base: Path, options: AdaptOptions, out: Path, step: int) -> None:
-    real = BlockDiffusionTrainer
-
-    def ended(*args, **kwargs):
-        trainer = real(*args, **kwargs)
-        trainer.add_callback(_EndAfter(step))
-        return trainer
-
-    with monkeypatch.context() as patch:
-        patch.setattr(adapt_module, "BlockDiffusionTrainer", ended)
-        with pytest.raises(KeyboardInterrupt):
-            adapt(base, make_samples(), options, out)
 
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
@@ -80,16 +55,16 @@ def test_another_run_goes_on_from_a_save(base, tmp_path, options):
     assert load_checkpoint(tmp_path / "next").base == str(base)
 
 
-def test_what_was_tried_before_the_first_save_binds_nobody(base, tmp_path, monkeypatch):
-    interrupt(monkeypatch, base, OPTIONS, tmp_path / "out", step=1)
+def test_what_was_tried_before_the_first_save_binds_nobody(base, tmp_path):
+    adapt_up_to(1, base, OPTIONS, tmp_path / "out")
     other = replace(OPTIONS, learning_rate=1e-3, seed=5)
     assert adapt(base, make_samples(), other, tmp_path / "out").steps == 6
     adapt(base, make_samples(), other, tmp_path / "alone")
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "alone"))
 
 
-def test_a_run_goes_on_with_other_settings_where_the_weights_do_not_depend_on_them(base, tmp_path, monkeypatch):
-    interrupt(monkeypatch, base, OPTIONS, tmp_path / "out", step=3)
+def test_a_run_goes_on_with_other_settings_where_the_weights_do_not_depend_on_them(base, tmp_path):
+    adapt_up_to(3, base, OPTIONS, tmp_path / "out")
     other = replace(
         OPTIONS, batch_size=2, accumulation=2, gradient_checkpointing=True, save_every=3, probe_items=0, max_minutes=9.0
     )
@@ -100,8 +75,8 @@ def test_a_run_goes_on_with_other_settings_where_the_weights_do_not_depend_on_th
 
 
 @pytest.mark.parametrize("changes", [{"learning_rate": 1e-3}, {"batch_size": 2}, {"seed": 1}, {"max_length": 32}])
-def test_and_with_no_others(base, tmp_path, monkeypatch, changes):
-    interrupt(monkeypatch, base, OPTIONS, tmp_path / "out", step=3)
+def test_and_with_no_others(base, tmp_path, changes):
+    adapt_up_to(3, base, OPTIONS, tmp_path / "out")
     with pytest.raises(FastDLLMError, match=f"other settings .*{next(iter(changes))}"):
         adapt(base, make_samples(), replace(OPTIONS, **changes), tmp_path / "out")
 

@@ -93,8 +93,7 @@ def adapt(
         FastDLLMError: when the source is unusable, there is nothing to train on, `out` holds another run, or the
             loss is lost on the way.
     """
-    out = Path(out)
-    options = with_dtype(options)
+    out, options = Path(out), with_dtype(options)
     run = RunDirectory(out.with_name(f"{out.name}.run"))
     arguments = _training_arguments(run.path, options)
     check_target(out)

@@ -173,7 +173,7 @@ class Watchdog(TrainerCallback):  # type: ignore[misc]
         if self._mean > self._lowest + self._most_rise:
             raise FastDLLMError(
                 f"step {state.global_step}: the loss diverges: {self._mean:.2f} nats on average over {self._WINDOW} "
-                f"steps, after {self._lowest:.2f} (--divergence {self._most_rise:g}); {remedy}"
+                f"steps, after {self._lowest:.2f} (--divergence says how far it may); {remedy}"
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

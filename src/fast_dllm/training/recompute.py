@@ -48,7 +48,8 @@ def is_kept(operation: Any, arguments: Sequence[Any]) -> bool:
     """Whether `recompute_cheap_operations` keeps what an operation comes to.
 
     Not of a product that is narrower than its input, as an MLP's last one: what it is added to is the next layer's
-    input, which is kept, and torch stops computing again once all is there that the backward reads.
+    input, which is kept, and torch stops computing again once all is there that the backward reads. (Where a norm
+    follows, as in Gemma 2, it is computed again.)
 
     Args:
         operation: of ATen.
