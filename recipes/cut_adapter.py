@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fast_dllm.checkpoint import is_gated, load_checkpoint
-from fast_dllm.checkpoint.checkpoint import TRAINED_ON_KEY
 from fast_dllm.data.build import task_documents
 from fast_dllm.evaluation.box import TASKS_OF_THE_BOX
 
@@ -101,10 +100,9 @@ def products(adapter: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def set_base(record: Path, beneath: Path) -> str:
-    """Give an adapter the base of the adapter beneath it, and what that was trained on; returns the base's name."""
+    """Give an adapter the base of the adapter beneath it; returns the base's name."""
     ours, under = (json.loads(path.read_text()) for path in (record, beneath / record.name))
     ours |= {key: under[key] for key in ("base", "base_fingerprint", "mask_token_added")}
-    ours[TRAINED_ON_KEY] = [*under.get(TRAINED_ON_KEY, []), *ours.get(TRAINED_ON_KEY, [])]
     record.write_text(json.dumps(ours, indent=2) + "\n")
     return str(under["base"])
 
