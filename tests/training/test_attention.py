@@ -12,6 +12,7 @@ from fast_dllm.objective import lay_out
 from fast_dllm.training import attention
 from fast_dllm.training.adapt import adapt
 from fast_dllm.training.options import AdaptOptions
+from fast_dllm.training.recompute import recompute_cheap_operations
 from fast_dllm.training.trainer import with_training_forward, without_training_forward
 from samples import make_samples
 from tiny import save_tiny, tiny_model
@@ -45,20 +46,41 @@ def test_a_model_that_caps_its_scores_is_trained_saved_and_loaded(tmp_path, lora
     assert load_checkpoint(tmp_path / "out").model.config.attn_logit_softcapping == 0.5
 
 
-def test_k_v_heads_are_repeated_where_fused_attention_takes_as_many_as_queries_only(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernel_gives_what_torch_gives(monkeypatch, dtype):
+    """Both of torch's ways: fewer K/V heads than queries, and K/V repeated where fused attention takes as many only."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, heads, 40, 8, generator=generator, requires_grad=True) for heads in (6, 2, 2))
+    of_heads = (torch.randn(2, heads, 40, 8, generator=generator, dtype=dtype) for heads in (6, 2, 2))
+    query, key, value = (x.requires_grad_() for x in of_heads)
     positions = torch.arange(40).expand(2, -1)
     pieces = attention.cut(sequence_tokens(positions, 8), "block", piece=16)
 
-    def attended():
-        out = attention.attend(query, key, value, pieces)
-        return out, *torch.autograd.grad(out.square().sum(), (query, key, value))
+    def attended(of_values=value):
+        out = attention.attend(query, key, of_values, pieces)
+        return out, *torch.autograd.grad(out.square().sum(), (query, key, of_values))
 
+    by_kernel, narrow = attended(), attended(value[..., :4])
+    monkeypatch.setattr(attention, "_has_kernel", lambda query, value: False)
     grouped = attended()
     monkeypatch.setattr(attention, "_groups_heads", lambda device: False)
-    for one, other in zip(grouped, attended(), strict=True):
+    for one, other, repeated in zip(by_kernel, grouped, attended(), strict=True):
         torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, repeated)
+    # Values narrower than keys, which the kernel does not take.
+    torch.testing.assert_close(narrow[0], by_kernel[0][..., :4])
+
+
+def test_recomputing_runs_attention_once(monkeypatch):
+    calls = []
+    fused = attention._fused
+    monkeypatch.setattr(attention, "_fused", lambda *inputs: calls.append(1) or fused(*inputs))
+    model = with_training_forward(tiny_model("llama"), "block")
+    recompute_cheap_operations(model)
+    ids = torch.randint(4, 54, (1, 16), generator=torch.Generator().manual_seed(0))
+    config = BlockDiffusionConfig(mask_token_id=63, block_size=8)
+    streams = lay_out(ids, torch.ones(1, 16, dtype=torch.bool), torch.ones(1, 1, 16, dtype=torch.bool), config)
+    model(**streams._asdict() | {"tokens": torch.stack(streams.tokens)}).sum().backward()
+    assert len(calls) == model.config.num_hidden_layers
 
 
 def test_gradients_of_keys_that_many_pieces_see_are_summed_in_float32():

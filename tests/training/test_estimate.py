@@ -221,6 +221,7 @@ def test_of_a_gated_adapter_no_clean_token_is_kept(mask_ratio):
 def test_arithmetic_is_what_is_computed(family, objective):
     options = replace(OPTIONS, objective=objective)
     model, config = model_of(options, family)
+    recompute_cheap_operations(model)
     with FlopCounterMode(display=False) as counter:
         model(**batch_of(options)).sum().backward()
     products = sum(count for name, count in counter.get_flop_counts()["Global"].items() if str(name).endswith("mm"))

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -24,6 +23,13 @@ NAME = "fast_dllm_in_pieces"
 
 PIECE = 96
 """Queries of a piece: longer ones compute more scores that are hidden, shorter ones make more calls."""
+
+_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+_Inputs = tuple[Tensor, Tensor, Tensor]
+"""q [B, heads, Q, d], k and v [B, kv_heads, K, d] of a piece."""
 
 
 class Piece(NamedTuple):
@@ -75,10 +81,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece], s
         [B, heads, T, d].
     """
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # a Function of our own is none that autocast knows
+    if torch.is_autocast_enabled(kind):  # an operator of our own is none that autocast knows
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    out: Tensor = _Attend.apply(query, key, value, pieces, scale)  # type: ignore[no-untyped-call]
-    return out
+    out: Tensor
+    out, _ = attend_in_pieces(query, key, value, [p.keys for p in pieces], [p.mask for p in pieces], scale)
+    return out.transpose(1, 2)
 
 
 def supports_pieces(model: PreTrainedModel) -> bool:
@@ -90,11 +97,96 @@ def supports_pieces(model: PreTrainedModel) -> bool:
     return is_fused and bool(getattr(model, "_supports_attention_backend", False))
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float | None) -> Tensor:
+@torch.library.custom_op("fast_dllm::attend_in_pieces", mutates_args=())
+def attend_in_pieces(
+    query: Tensor, key: Tensor, value: Tensor, keys: list[Tensor], masks: list[Tensor], scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """`attend` as one operator, so that what recomputes layers can keep its result.
+
+    Args:
+        query: [B, heads, T, d].
+        key: [B, kv_heads, T, d].
+        value: [B, kv_heads, T, d].
+        keys: int64 [K] of each piece.
+        masks: bool [B, 1, Q, K] of each piece.
+        scale: of the scores.
+
+    Returns:
+        [B, T, heads, d], which models reshape next without a copy, and for the backward float32 [B, T, heads]: the
+        logsumexp of each query's scores, or nothing where only torch knows them.
+    """
+    parts = [
+        _fused(queries, key.index_select(2, seen), value.index_select(2, seen), mask, scale)
+        for queries, seen, mask in zip(_in_pieces(query, masks), keys, masks, strict=True)
+    ]
+    out, logsumexp = (torch.cat([part.transpose(1, 2) for part in kind], dim=1) for kind in zip(*parts, strict=True))
+    return out, logsumexp
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ctx.keys, ctx.masks, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | list[None] | None, ...]:
+    query, key, value, out, logsumexp = ctx.saved_tensors
+    # Of keys and values in float32: many pieces see each, and bfloat16 would round the sum once for each piece.
+    d_query, (d_key, d_value) = (
+        torch.empty_like(query),
+        (torch.zeros_like(x, dtype=torch.float32) for x in (key, value)),
+    )
+    of_queries = (query, d_query, *(x.transpose(1, 2) for x in (gradient, out, logsumexp)))
+    by_piece = zip(*(_in_pieces(x, ctx.masks) for x in of_queries), ctx.keys, ctx.masks, strict=True)
+    for queries, d_queries, d_out, result, sums, seen, mask in by_piece:
+        inputs = queries, key.index_select(2, seen), value.index_select(2, seen)
+        found = _fused_backward(d_out, inputs, result, sums, mask, ctx.scale)
+        d_queries.copy_(found[0])
+        d_key.index_add_(2, seen, found[1].float())
+        d_value.index_add_(2, seen, found[2].float())
+    no_list = [None] * len(ctx.masks)
+    return d_query, d_key.to(key.dtype), d_value.to(value.dtype), no_list, no_list, None
+
+
+attend_in_pieces.register_autograd(_backward, setup_context=_keep)
+OPERATOR = torch.ops.fast_dllm.attend_in_pieces.default
+"""As a dispatch mode sees it."""
+
+
+def _in_pieces(x: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Views of [B, heads, T, ...], the queries of a piece each."""
+    return tuple(x.split([mask.shape[2] for mask in masks], dim=2))
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """[B, heads, Q, d] of one piece, and the logsumexp [B, heads, Q] that only the kernel itself gives."""
+    if _has_kernel(query, value):
+        return _KERNEL(query, key, value, attn_mask=_added(mask, query), scale=scale)  # type: ignore[no-any-return]
+    return _by_torch(query, key, value, mask, scale), query.new_empty(*query.shape[:3], dtype=torch.float32)
+
+
+def _fused_backward(
+    gradient: Tensor, inputs: _Inputs, out: Tensor, logsumexp: Tensor, mask: Tensor, scale: float | None
+) -> tuple[Tensor, ...]:
+    query, _, value = inputs
+    if _has_kernel(query, value):
+        of_forward = (out, logsumexp, 0.0, False)
+        return _KERNEL_BACKWARD(gradient, *inputs, *of_forward, attn_mask=_added(mask, query), scale=scale)  # type: ignore[no-any-return]
+    with torch.enable_grad():
+        query, key, value = (x.detach().requires_grad_() for x in inputs)
+        again = _by_torch(query, key, value, mask, scale)
+    return torch.autograd.grad(again, (query, key, value), gradient)
+
+
+def _by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     share = query.shape[1] // key.shape[1]
     if share > 1 and not _groups_heads(query.device):
         key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=piece.mask, scale=scale, enable_gqa=True)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether the fused kernel is the CPU's: with what its forward found, its backward need not run that again."""
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
 
 
 def _groups_heads(device: torch.device) -> bool:
@@ -102,38 +194,9 @@ def _groups_heads(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-class _Attend(torch.autograd.Function):
-    """Keeps q, k and v alone: scores are cheap to compute again, and gradients of k and v add up in place."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece], scale: float | None
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.pieces, ctx.scale = pieces, scale  # type: ignore[attr-defined]
-        parts = [
-            _fused(query[:, :, p.start : p.end], key.index_select(2, p.keys), value.index_select(2, p.keys), p, scale)
-            for p in pieces
-        ]
-        # Heads last but one, as the models reshape it next: no copy then.
-        return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
-        d_query = torch.zeros_like(query)
-        # A key is seen by many pieces, and bfloat16 would round the sum once for each.
-        d_key, d_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
-        for piece in ctx.pieces:
-            here = slice(piece.start, piece.end)
-            inputs = (query[:, :, here], key.index_select(2, piece.keys), value.index_select(2, piece.keys))
-            with torch.enable_grad():
-                inputs = tuple(x.detach().requires_grad_() for x in inputs)
-                out = _fused(*inputs, piece, ctx.scale)
-            d_query[:, :, here], keys, values = torch.autograd.grad(out, inputs, gradients[0][:, :, here])
-            d_key.index_add_(2, piece.keys, keys.float())
-            d_value.index_add_(2, piece.keys, values.float())
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+def _added(mask: Tensor, query: Tensor) -> Tensor:
+    """What the mask adds to scores."""
+    return torch.where(mask, 0.0, -torch.inf).to(query.dtype)
 
 
 def _attention_of_transformers(

@@ -5,7 +5,8 @@
 - Activations: the tensors that autograd keeps of a decoder layer with RMSNorm, grouped-query attention and a gated MLP,
   counted as Korthikanti et al. 2022 (arXiv 2205.05198), section 4, do for GPT; recomputing leaves a layer's input.
 - Arithmetic: 2 operations a weight and position forward, twice that backward (Kaplan et al. 2020, arXiv 2001.08361,
-  section 2.1); attention's backward is 2.5 of its forward (Dao 2023, arXiv 2307.08691), which is done again before it.
+  section 2.1); attention's backward is 2.5 of its forward (Dao 2023, arXiv 2307.08691), which is done again before it
+  (not on a CPU).
 
 Every token is taken for an answer and every row for full: the most that a run can need. Temporaries, fragmentation and
 the runtime's own memory are not in it, so `fits` leaves a tenth of the device to them.
@@ -96,8 +97,9 @@ class Estimate:
 class _Shape:
     """Widths of a decoder. Of one layer's matrices `linear` counts the weights, `inputs` and `outputs` add up widths.
 
-    `kept` are those of the outputs that a full fine-tune keeps (`recompute.is_kept`); `all` counts every parameter
-    once; `scores` are the heads whose scores are kept: none, where attention is torch's.
+    `kept` are those of the outputs that a full fine-tune keeps (`recompute.is_kept`), and `again` the weights whose
+    products it computes twice; `all` counts every parameter once; `scores` are the heads whose scores are kept: none,
+    where attention is torch's.
     """
 
     layers: int
@@ -110,6 +112,7 @@ class _Shape:
     inputs: int
     outputs: int
     kept: int
+    again: int
     all: int
     in_pieces: bool
     scores: int
@@ -134,18 +137,20 @@ class _Shape:
         if linear < _MOST * sum(parameter.numel() for parameter in layers.parameters()):
             raise _unknown(config, "many weights of its layers are in no linear layer, as those of experts are")
         head = getattr(sizes, "head_dim", None) or sizes.hidden_size // heads
+        # Families have their own names for it; it is the widest that leads back to the stream.
+        mlp = max(inputs for inputs, outputs in products if outputs == sizes.hidden_size)
         return cls(
             layers=count,
             hidden=sizes.hidden_size,
             query=heads * head,
             key_value=getattr(sizes, "num_key_value_heads", heads) * head,
-            # Families have their own names for it; it is the widest that leads back to the stream.
-            mlp=max(inputs for inputs, outputs in products if outputs == sizes.hidden_size),
+            mlp=mlp,
             vocabulary=model.get_input_embeddings().num_embeddings,
             linear=linear // count,
             inputs=sum(inputs for inputs, _ in products) // count,
             outputs=sum(outputs for _, outputs in products) // count,
-            kept=sum(outputs for inputs, outputs in products if inputs <= outputs) // count,
+            kept=sum(outputs for inputs, outputs in products if inputs < outputs) // count,
+            again=sum(inputs * outputs for inputs, outputs in products if outputs <= inputs < mlp) // count,
             all=sum(parameter.numel() for parameter in model.parameters()),
             in_pieces=supports_pieces(model),
             scores=heads if attention == "eager" else 0,
@@ -280,7 +285,7 @@ def _activations(shape: _Shape, options: AdaptOptions) -> int:
     scores = shape.scores * per_row
     layer = 2 * norm + attention + shape.mlp_kept * width + scores * 2 * wide + 7 * options.lora_rank * wide
     stream = shape.hidden * (width if lora else wide)
-    # Without an adapter only results of products and attention are kept (training/recompute.py).
+    # Without an adapter only results of attention and wide products are kept (training/recompute.py).
     products = (shape.kept + shape.query + scores) * width
     if options.gradient_checkpointing:
         kept = shape.layers * stream + layer
@@ -297,8 +302,9 @@ def _flops(shape: _Shape, options: AdaptOptions) -> float:
     # Frozen weights need no gradient; recomputing is a second forward.
     backward = 1 if options.lora_rank else 2
     again = 1 if options.gradient_checkpointing else 0
+    twice = shape.linear if again else 0 if options.lora_rank else shape.again
     learning = _with_backward(options)
-    linear = 2.0 * shape.linear * shape.layers * (per_row + learning * (backward + again))
+    linear = 2.0 * shape.layers * (shape.linear * (per_row + learning * backward) + twice * learning)
     seen = options.max_length / 2 + PIECE if shape.in_pieces else per_row
     attention = 4.0 * shape.query * seen * shape.layers * (per_row + learning * (1 + 2.5 + again))
     total = max(options.batch_size * scored, 1)

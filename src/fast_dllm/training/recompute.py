@@ -8,12 +8,15 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from fast_dllm.training.attention import OPERATOR
+
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default}
 """Of a linear layer: its weight, transposed, is the last argument."""
 
 _KEPT = _PRODUCTS | {
     _ATEN.bmm.default,
+    OPERATOR,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
@@ -27,10 +30,10 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
 
 def recompute_cheap_operations(model: PreTrainedModel) -> None:
-    """Keep what matrix products and attention come to; norms, activations, rotations and sums are done again.
+    """Keep what attention and an MLP's wide products come to; all else is done again.
 
-    That is about half of what autograd would keep, for a few percent of the time. Not for adapters: each of their
-    layers has two products more, whose results autograd itself does not need.
+    That is less than half of what autograd would keep, for some eight percent of the arithmetic. Not for adapters: each
+    of their layers has two products more, whose results autograd itself does not need.
     """
     if model.supports_gradient_checkpointing:
         contexts = partial(create_selective_checkpoint_contexts, _policy)
@@ -47,9 +50,10 @@ def recomputes(model: PreTrainedModel) -> bool:
 def is_kept(operation: Any, arguments: Sequence[Any]) -> bool:
     """Whether `recompute_cheap_operations` keeps what an operation comes to.
 
-    Not of a product that is narrower than its input, as an MLP's last one: what it is added to is the next layer's
-    input, which is kept, and torch stops computing again once all is there that the backward reads. (Where a norm
-    follows, as in Gemma 2, it is computed again.)
+    Of products only those that are wider than their input, which in an MLP are most of a layer's arithmetic. Those of
+    attention are computed again from the layer's input. An MLP's last one is not: what it is added to is the next
+    layer's input, which is kept, and torch stops computing again once all is there that the backward reads. (Where a
+    norm follows, as in Gemma 2, it is computed again.)
 
     Args:
         operation: of ATen.
@@ -60,7 +64,7 @@ def is_kept(operation: Any, arguments: Sequence[Any]) -> bool:
     if operation not in _PRODUCTS:
         return True
     inputs, outputs = arguments[-1].shape
-    return bool(inputs <= outputs)
+    return bool(inputs < outputs)
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
