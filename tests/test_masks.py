@@ -77,13 +77,13 @@ def training_tokens(blocks=2, size=2, views=2):
     return Tokens(*(field[None] for field in (stream, place // size, place, torch.zeros_like(place))))
 
 
-def flex_as_dense(tokens, attention):
+def flex_as_dense(tokens, attention, keys=None):
     """The mask_mod behind the `BlockMask`, asked about every pair."""
-    block_mask = flex_mask(tokens, attention)
-    rows, length = tokens.stream.shape
+    block_mask = flex_mask(tokens, attention, keys=keys)
+    (rows, length), seen = tokens.stream.shape, (keys or tokens).stream.shape[1]
     b = torch.arange(rows)[:, None, None, None]
-    q, k = torch.arange(length)[None, None, :, None], torch.arange(length)[None, None, None, :]
-    return block_mask.mask_mod(b, torch.tensor(0), q, k).expand(rows, 1, length, length), block_mask
+    q, k = torch.arange(length)[None, None, :, None], torch.arange(seen)[None, None, None, :]
+    return block_mask.mask_mod(b, torch.tensor(0), q, k).expand(rows, 1, length, seen), block_mask
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -138,6 +138,8 @@ def test_dense_and_flex_masks_equal_the_rules_pair_by_pair(tokens, attention):
     expected = torch.tensor([[[[naive_visible(q, k, attention) for k in row] for q in row]] for row in every])
     assert torch.equal(dense_mask(tokens, attention), expected)
     assert torch.equal(flex_as_dense(tokens, attention)[0], expected)
+    keys = Tokens(*(torch.cat([field, field[:, :1]], dim=1) for field in tokens))
+    assert torch.equal(flex_as_dense(tokens, attention, keys)[0], dense_mask(tokens, attention, keys=keys))
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -3,12 +3,15 @@
 Shape legend: B rows, T tokens of a training sequence.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fast_dllm.config import ContextAttention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 CLEAN = 0
 """Stream number of final tokens; noisy views are 1, 2, ..."""
@@ -83,23 +86,28 @@ def dense_mask(tokens: Tokens, attention: ContextAttention, *, keys: Tokens | No
     return visible(_at(tokens, every, every, None), looked_at, attention)[:, None]
 
 
-def flex_mask(tokens: Tokens, attention: ContextAttention):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def flex_mask(tokens: Tokens, attention: ContextAttention, *, keys: Tokens | None = None) -> "BlockMask":
     """The same mask for `torch.nn.attention.flex_attention` (GPU; its CPU kernel has no backward).
 
     Args:
         tokens: fields of shape [B, T].
         attention: who sees whom among clean tokens.
+        keys: fields of shape [B, K]; None is the sequence itself.
 
     Returns:
-        A `BlockMask` for B rows, broadcast over heads.
+        For B rows, broadcast over heads.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return visible(_at(tokens, b, q), _at(tokens, b, k), attention)
+    looked_at = tokens if keys is None else keys
 
-    rows, length = tokens.stream.shape
-    return create_block_mask(mask_mod, rows, None, length, length, device=tokens.stream.device)
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return visible(_at(tokens, b, q), _at(looked_at, b, k), attention)
+
+    (rows, queries), device = tokens.stream.shape, tokens.stream.device
+    # Not compiled it holds [B, T, K] booleans, several at a time.
+    compiled = device.type != "cpu"
+    return create_block_mask(mask_mod, rows, None, queries, looked_at.stream.shape[1], device=device, _compile=compiled)
 
 
 def sequence_tokens(positions: Tensor, block_size: int) -> Tokens:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.config import BlockDiffusionConfig
@@ -11,6 +12,7 @@ from fast_dllm.masks import sequence_tokens
 from fast_dllm.objective import lay_out
 from fast_dllm.training import attention
 from fast_dllm.training.adapt import adapt
+from fast_dllm.training.lora import wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.recompute import recompute_cheap_operations
 from fast_dllm.training.trainer import with_training_forward, without_training_forward
@@ -70,17 +72,74 @@ def test_the_kernel_gives_what_torch_gives(monkeypatch, dtype):
     torch.testing.assert_close(narrow[0], by_kernel[0][..., :4])
 
 
+def streams_of(length, config):
+    ids = torch.randint(4, 54, (2, length), generator=torch.Generator().manual_seed(length))
+    views = torch.rand(2, 2, length, generator=torch.Generator().manual_seed(0)) < 0.5
+    document_ids = (torch.arange(length) >= length // 2).long().expand(2, -1)
+    return lay_out(ids, torch.ones_like(ids, dtype=torch.bool), views, config, document_ids=document_ids)
+
+
+def loss_of(model, streams):
+    return model(**streams._asdict() | {"tokens": torch.stack(streams.tokens)}).sum()
+
+
+def with_tiles(monkeypatch):
+    """Do what a GPU does, on this CPU; returns the calls, as they come."""
+    calls, flex = [], attention.flex_attention_forward
+    monkeypatch.setattr(attention, "_TILED", ("cpu",))
+    monkeypatch.setattr(attention, "find_spec", lambda name: name)
+    monkeypatch.setattr(attention, "flex_attention_forward", lambda *a, **b: calls.append(1) or flex(*a, **b))
+    return calls
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("recompute", [lambda model: None, recompute_cheap_operations])
+def test_flex_attention_of_a_gpu_gives_the_same_loss_and_gradients(monkeypatch, gated, recompute):
+    """Not compiled, since the compiled one has no backward on a CPU: torch says so, and is told not to."""
+    context = "causal" if gated else "block"
+    config = BlockDiffusionConfig(mask_token_id=63, block_size=8, context_attention=context)
+    model = with_training_forward(tiny_model("llama"), context)
+    if gated:
+        options = replace(OPTIONS, lora_rank=4, gated_lora=True, context_attention="causal", dtype="float32")
+        model = wrap_with_lora(model, 63, options, None)
+        torch.nn.init.ones_(next(x for name, x in model.named_parameters() if "lora_B" in name))
+    else:
+        recompute(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    streams = streams_of(64, config)
+    loss = loss_of(model, streams)
+    gradients = torch.autograd.grad(loss, trained)
+    calls = with_tiles(monkeypatch)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)
+    with torch.compiler.set_stance("force_eager"):
+        tiled = loss_of(model, streams)
+        assert calls
+        torch.testing.assert_close(tiled, loss)
+        for one, other in zip(torch.autograd.grad(tiled, trained), gradients, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_flex_attention_gives_the_same_loss_at_every_length(monkeypatch):
+    config = BlockDiffusionConfig(mask_token_id=63, block_size=8)
+    model = with_training_forward(tiny_model("llama", head_dim=16), "block")
+    with torch.no_grad():
+        losses = [loss_of(model, streams_of(length, config)) for length in (32, 64, 96)]
+        calls = with_tiles(monkeypatch)
+        for length, loss in zip((32, 64, 96), losses, strict=True):
+            torch.testing.assert_close(loss_of(model, streams_of(length, config)), loss)
+        assert calls
+
+
 def test_recomputing_runs_attention_once(monkeypatch):
     calls = []
     fused = attention._fused
     monkeypatch.setattr(attention, "_fused", lambda *inputs: calls.append(1) or fused(*inputs))
     model = with_training_forward(tiny_model("llama"), "block")
     recompute_cheap_operations(model)
-    ids = torch.randint(4, 54, (1, 16), generator=torch.Generator().manual_seed(0))
-    config = BlockDiffusionConfig(mask_token_id=63, block_size=8)
-    streams = lay_out(ids, torch.ones(1, 16, dtype=torch.bool), torch.ones(1, 1, 16, dtype=torch.bool), config)
-    model(**streams._asdict() | {"tokens": torch.stack(streams.tokens)}).sum().backward()
-    assert len(calls) == model.config.num_hidden_layers
+    loss = loss_of(model, streams_of(32, BlockDiffusionConfig(mask_token_id=63, block_size=8)))
+    forward = len(calls)
+    loss.backward()
+    assert len(calls) == forward > 0
 
 
 def test_gradients_of_keys_that_many_pieces_see_are_summed_in_float32():

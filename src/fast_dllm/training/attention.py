@@ -1,28 +1,35 @@
-"""Training attention that skips what the mask hides: a few queries at a time, over the keys that one of them sees.
+"""Training attention that skips what the mask hides.
 
 Of the [T, T] scores of [view 1 | view 2 | clean] the mask shows about a sixth. Dense attention computes them all;
-`flex_attention` skips them too, but its CPU kernel has no backward, so pieces of torch's own fused attention it is.
+`flex_attention` skips them tile by tile, and is what a GPU gets. Its CPU kernel has no backward, so elsewhere it is
+pieces of torch's own fused attention: a few queries at a time, over the keys that one of them sees.
 
 Shape legend: B rows, T tokens of the laid-out row, Q queries of a piece, K keys that they see, d width of a head.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fast_dllm.config import ContextAttention
-from fast_dllm.masks import Tokens, dense_mask
+from fast_dllm.masks import Tokens, dense_mask, flex_mask
 
 NAME = "fast_dllm_in_pieces"
 """What `config._attn_implementation` calls it."""
 
 PIECE = 96
 """Queries of a piece: longer ones compute more scores that are hidden, shorter ones make more calls."""
+
+_TILED = ("cuda", "xpu")
+"""Devices that run flex_attention, and its backward."""
 
 _KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -67,6 +74,21 @@ def cut(tokens: Tokens, attention: ContextAttention, *, keys: Tokens | None = No
     return pieces
 
 
+Sight = Sequence[Piece] | BlockMask
+
+
+def sight(tokens: Tokens, attention: ContextAttention, *, keys: Tokens | None = None) -> Sight:
+    """What the registered function needs to know, on the device of the tokens.
+
+    Args:
+        tokens: fields of shape [B, T].
+        attention: who sees whom among clean tokens.
+        keys: fields of shape [B, K]; None is the sequence itself.
+    """
+    has_tiles = tokens.stream.device.type in _TILED and find_spec("triton") is not None
+    return (flex_mask if has_tiles else cut)(tokens, attention, keys=keys)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece], scale: float | None = None) -> Tensor:
     """Attention of each piece over its keys.
 
@@ -80,9 +102,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece], s
     Returns:
         [B, heads, T, d].
     """
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # an operator of our own is none that autocast knows
-        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     out: Tensor
     out, _ = attend_in_pieces(query, key, value, [p.keys for p in pieces], [p.mask for p in pieces], scale)
     return out.transpose(1, 2)
@@ -206,13 +225,18 @@ def _attention_of_transformers(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    pieces: Sequence[Piece] | None = None,
+    seen: Sight | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The registered function; without pieces (decoding on the way, say) it is transformers' own."""
-    if pieces is None:
+) -> tuple[Tensor, Tensor | None]:
+    """The registered function; without a sight (decoding on the way, say) it is transformers' own."""
+    if seen is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
-    return attend(query, key, value, pieces, scaling).transpose(1, 2), None
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # which knows neither our operator nor flex_attention
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    if isinstance(seen, BlockMask):
+        return flex_attention_forward(module, query, key, value, seen, scaling=scaling)  # type: ignore[no-any-return]
+    return attend(query, key, value, seen, scaling).transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, _attention_of_transformers)

@@ -5,8 +5,7 @@
 - Activations: the tensors that autograd keeps of a decoder layer with RMSNorm, grouped-query attention and a gated MLP,
   counted as Korthikanti et al. 2022 (arXiv 2205.05198), section 4, do for GPT; recomputing leaves a layer's input.
 - Arithmetic: 2 operations a weight and position forward, twice that backward (Kaplan et al. 2020, arXiv 2001.08361,
-  section 2.1); attention's backward is 2.5 of its forward (Dao 2023, arXiv 2307.08691), which is done again before it
-  (not on a CPU).
+  section 2.1); attention's backward is 2.5 of its forward (Dao 2023, arXiv 2307.08691).
 
 Every token is taken for an answer and every row for full: the most that a run can need. Temporaries, fragmentation and
 the runtime's own memory are not in it, so `fits` leaves a tenth of the device to them.
@@ -306,7 +305,7 @@ def _flops(shape: _Shape, options: AdaptOptions) -> float:
     learning = _with_backward(options)
     linear = 2.0 * shape.layers * (shape.linear * (per_row + learning * backward) + twice * learning)
     seen = options.max_length / 2 + PIECE if shape.in_pieces else per_row
-    attention = 4.0 * shape.query * seen * shape.layers * (per_row + learning * (1 + 2.5 + again))
+    attention = 4.0 * shape.query * seen * shape.layers * (per_row + learning * (2.5 + again))
     total = max(options.batch_size * scored, 1)
     last = (total - 1) % CHUNK + 1  # of the chunks of logits the only one that is not computed twice
     head = 2.0 * shape.hidden * shape.vocabulary * scored * (1 + (1 - last / total) + backward)
