@@ -43,16 +43,18 @@ class _SlabCache(Cache):  # type: ignore[misc]
 
 
 class _ShapeProbe(Cache):  # type: ignore[misc]
-    """Learns each layer's K/V shape from one forward: true for every architecture, config keys are not."""
+    """Learns the K/V of each layer from one forward: true for every architecture, config keys are not."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.shapes: dict[int, LayerShape] = {}
+        self.dtype = torch.float32
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Note the shape."""
+        """Note shape and dtype."""
+        self.dtype = value_states.dtype
         self.shapes[layer_idx] = LayerShape(key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
         return key_states, value_states
 
@@ -78,7 +80,7 @@ class HFBackbone:
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.draft_budget = DRAFTS_ON_CPU if model.device.type == "cpu" else None
         self.likeliest: Likeliest | None = None
-        self._layers = self._probe_layers()
+        self._layers, self._dtype = self._probe_layers()
 
     @property
     def device(self) -> torch.device:
@@ -86,15 +88,15 @@ class HFBackbone:
         return self.model.device  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def _probe_layers(self) -> list[LayerShape]:
+    def _probe_layers(self) -> tuple[list[LayerShape], torch.dtype]:
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         probe = _ShapeProbe()
         hidden_states(self.model, zero, zero, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device), probe)
-        return [probe.shapes[layer] for layer in sorted(probe.shapes)]
+        return [probe.shapes[layer] for layer in sorted(probe.shapes)], probe.dtype
 
     def new_cache(self, slots: int, max_length: int) -> SlabCache:
         """Allocate a slab: [slots, kv_heads, max_length, head_dim] per layer."""
-        return SlabCache(self._layers, slots, max_length, dtype=self.model.dtype, device=self.device)
+        return SlabCache(self._layers, slots, max_length, dtype=self._dtype, device=self.device)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: SlabCache) -> Tensor:

@@ -1,10 +1,12 @@
 """A model whose weights are spread over processes (FSDP), put together again."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 NO_SHARDED_LORA = "a LoRA adapter is not sharded: launch it with recipes/ddp.yaml, or give --lora-rank 0"
@@ -29,6 +31,26 @@ def add_up_as_one_process_does(trainer: Any, *, bfloat16: bool) -> None:
     if bfloat16:
         plugin = trainer.accelerator.state.fsdp_plugin
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+@contextmanager
+def decodable(model: PreTrainedModel) -> Iterator[None]:
+    """Let a sharded model be run by its parts, as decoding does; the weights of a layer are gathered when it is called.
+
+    What belongs to no layer (embedding, last norm, head) is gathered by the forward of the whole, which decoding does
+    not call, so it is held gathered meanwhile. Every process must run the same forwards.
+
+    Args:
+        model: which has run a forward of the whole before. One that is not sharded is left alone.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def gather(trainer: Any) -> PreTrainedModel:

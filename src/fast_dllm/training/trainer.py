@@ -21,7 +21,7 @@ from fast_dllm.training.clean_context import CleanContext
 from fast_dllm.training.evaluation import NOT_FOR_THE_MODEL, Evaluation
 from fast_dllm.training.recompute import recomputes
 from fast_dllm.training.schedule import IGNORED
-from fast_dllm.training.sharding import is_sharded
+from fast_dllm.training.sharding import decodable
 from fast_dllm.training.tally import Tally, read
 
 
@@ -193,7 +193,7 @@ class BlockDiffusionTrainer(Trainer):  # type: ignore[misc]
             return {}
         with self._clock.paused():
             metrics = {"eval_loss": self._evaluation.loss(self.model, self.args.device)}
-            if not is_sharded(self):  # decoding calls the layers one by one, not the module that gathers weights
+            with decodable(self.model):
                 metrics |= {f"eval_{name}": value for name, value in self._evaluation.answers(self.model).items()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
