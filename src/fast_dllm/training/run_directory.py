@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.files import write_whole
@@ -52,8 +53,13 @@ class RunDirectory:
         state.wait_for_everyone()
 
     def last_save(self) -> Path | None:
-        """The newest save, if there is one."""
-        return max(self._saves(), key=step_of, default=None)
+        """The newest save, if there is one; every process must call it.
+
+        It is what the first process finds: on another host a file system may still show a save that was taken away.
+        """
+        found: list[Path | None] = [max(self._saves(), key=step_of, default=None)]
+        broadcast_object_list(found)
+        return found[0]
 
     def _recorded(self) -> dict[str, Any] | None:
         try:

@@ -40,7 +40,8 @@ class Tally:
         values = torch.stack([losses, torch.ones_like(losses)], dim=1)
         share = (hidden_share * _PARTS).ceil().long().clamp(1, _PARTS) - 1
         sums.index_add_(0, torch.where(is_ar, _AR, share), values)
-        sums.index_add_(0, _PARTS + place[~is_ar] * _PARTS // self._block_size, values[~is_ar])
+        # Zeros for the others: to leave them out, the host would have to wait for how many there are.
+        sums.index_add_(0, _PARTS + place * _PARTS // self._block_size, values * ~is_ar[:, None])
         sums[-1, 0] += tokens[0]
 
     def take(self) -> Tensor:
