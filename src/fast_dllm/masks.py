@@ -105,9 +105,7 @@ def flex_mask(tokens: Tokens, attention: ContextAttention, *, keys: Tokens | Non
         return visible(_at(tokens, b, q), _at(looked_at, b, k), attention)
 
     (rows, queries), device = tokens.stream.shape, tokens.stream.device
-    # Not compiled it holds [B, T, K] booleans, several at a time.
-    compiled = device.type != "cpu"
-    return create_block_mask(mask_mod, rows, None, queries, looked_at.stream.shape[1], device=device, _compile=compiled)
+    return create_block_mask(mask_mod, rows, None, queries, looked_at.stream.shape[1], device=device)
 
 
 def sequence_tokens(positions: Tensor, block_size: int) -> Tokens:

@@ -66,9 +66,10 @@ def test_two_processes_train_as_one(tmp_path, config, flags, options):
     for name, count in counts.items():
         ours, theirs = ([line[name] for line in lines if name in line] for lines in (two, one))
         assert len(ours) == count
-        # what is measured is rounded, to 1e-4 and 1e-3; rows of another shape round otherwise in bfloat16
-        measured = {"eval_loss": 1.1e-4, "eval_tokens_per_forward": 1.1e-3}
-        tolerance = ({"loss": 1e-5} | measured).get(name, 0) if exact else 0.02
+        # What is measured is rounded, to 1e-4 and 1e-3. In bfloat16 rows of another shape round otherwise, and decode
+        # in bfloat16 only where they are sharded.
+        tolerances = {"loss": 1e-5, "eval_loss": 1.1e-4, "eval_tokens_per_forward": 1.1e-3}
+        tolerance = tolerances.get(name, 0) if exact else 0.05
         assert ours == pytest.approx(theirs, abs=tolerance)
     sharded = (tmp_path / "two.run" / "checkpoint-20" / "pytorch_model_fsdp_0").exists()
     assert sharded == bool(flags)

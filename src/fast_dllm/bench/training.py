@@ -26,9 +26,9 @@ from fast_dllm.data.chat import Sample
 from fast_dllm.data.packing import Packed, pack
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.masks import CLEAN, Tokens, dense_mask
-from fast_dllm.training.attention import PIECE
 from fast_dllm.training.lora import wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
+from fast_dllm.training.pieces import PIECE
 from fast_dllm.training.recompute import recompute_cheap_operations
 from fast_dllm.training.schedule import StreamCollator
 from fast_dllm.training.trainer import with_training_forward

@@ -53,7 +53,7 @@ class _ShapeProbe(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Note shape and dtype."""
+        """Note shape, and dtype: a sharded bfloat16 run holds weights in float32."""
         self.dtype = value_states.dtype
         self.shapes[layer_idx] = LayerShape(key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
         return key_states, value_states

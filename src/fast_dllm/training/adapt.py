@@ -36,7 +36,7 @@ from fast_dllm.training.recompute import recompute_cheap_operations, recompute_l
 from fast_dllm.training.rows import Epochs, digest_of, no_longer_than, open_run, rows_of
 from fast_dllm.training.run_directory import RunDirectory, step_of
 from fast_dllm.training.schedule import RunDataset, StreamCollator
-from fast_dllm.training.sharding import NO_SHARDED_LORA, add_up_as_one_process_does, gather, is_sharded
+from fast_dllm.training.sharding import NO_FSDP1, NO_SHARDED_LORA, add_up_as_one_process_does, gather, is_sharded
 from fast_dllm.training.trainer import BlockDiffusionTrainer, with_training_forward, without_training_forward
 
 
@@ -195,6 +195,8 @@ def _make_trainer(
     if is_sharded(trainer):
         if options.lora_rank:
             raise FastDLLMError(NO_SHARDED_LORA)
+        if trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise FastDLLMError(NO_FSDP1)
         add_up_as_one_process_does(trainer, bfloat16=options.dtype == "bfloat16")
     return trainer
 

@@ -5,7 +5,8 @@
 - Activations: the tensors that autograd keeps of a decoder layer with RMSNorm, grouped-query attention and a gated MLP,
   counted as Korthikanti et al. 2022 (arXiv 2205.05198), section 4, do for GPT; recomputing leaves a layer's input.
 - Arithmetic: 2 operations a weight and position forward, twice that backward (Kaplan et al. 2020, arXiv 2001.08361,
-  section 2.1); attention's backward is 2.5 of its forward (Dao 2023, arXiv 2307.08691).
+  section 2.1); attention's backward is 2.5 of its forward (Dao 2023, arXiv 2307.08691). A full fine-tune runs
+  that twice, but on a CPU.
 
 Every token is taken for an answer and every row for full: the most that a run can need. Temporaries, fragmentation and
 the runtime's own memory are not in it, so `fits` leaves a tenth of the device to them.
@@ -25,8 +26,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.objective import CHUNK
-from fast_dllm.training.attention import PIECE, supports_pieces
+from fast_dllm.training.attention import supports_pieces
 from fast_dllm.training.options import AdaptOptions
+from fast_dllm.training.pieces import PIECE
 from fast_dllm.training.quantised import BITS_PER_WEIGHT
 
 _FLOAT32, _BFLOAT16 = 4, 2
@@ -96,9 +98,9 @@ class Estimate:
 class _Shape:
     """Widths of a decoder. Of one layer's matrices `linear` counts the weights, `inputs` and `outputs` add up widths.
 
-    `kept` are those of the outputs that a full fine-tune keeps (`recompute.is_kept`), and `again` the weights whose
-    products it computes twice; `all` counts every parameter once; `scores` are the heads whose scores are kept: none,
-    where attention is torch's.
+    `kept` are those of the outputs that a full fine-tune keeps (`recompute.is_kept`), and `recomputed` the weights
+    whose products it computes twice; `all` counts every parameter once; `scores` are the heads whose scores are kept:
+    none, where attention is torch's.
     """
 
     layers: int
@@ -111,7 +113,7 @@ class _Shape:
     inputs: int
     outputs: int
     kept: int
-    again: int
+    recomputed: int
     all: int
     in_pieces: bool
     scores: int
@@ -149,7 +151,7 @@ class _Shape:
             inputs=sum(inputs for inputs, _ in products) // count,
             outputs=sum(outputs for _, outputs in products) // count,
             kept=sum(outputs for inputs, outputs in products if inputs < outputs) // count,
-            again=sum(inputs * outputs for inputs, outputs in products if outputs <= inputs < mlp) // count,
+            recomputed=sum(inputs * outputs for inputs, outputs in products if outputs <= inputs < mlp) // count,
             all=sum(parameter.numel() for parameter in model.parameters()),
             in_pieces=supports_pieces(model),
             scores=heads if attention == "eager" else 0,
@@ -301,11 +303,12 @@ def _flops(shape: _Shape, options: AdaptOptions) -> float:
     # Frozen weights need no gradient; recomputing is a second forward.
     backward = 1 if options.lora_rank else 2
     again = 1 if options.gradient_checkpointing else 0
-    twice = shape.linear if again else 0 if options.lora_rank else shape.again
+    is_whole = not options.lora_rank
+    twice = shape.linear if again else shape.recomputed * is_whole
     learning = _with_backward(options)
     linear = 2.0 * shape.layers * (shape.linear * (per_row + learning * backward) + twice * learning)
     seen = options.max_length / 2 + PIECE if shape.in_pieces else per_row
-    attention = 4.0 * shape.query * seen * shape.layers * (per_row + learning * (2.5 + again))
+    attention = 4.0 * shape.query * seen * shape.layers * (per_row + learning * (2.5 + (again or is_whole)))
     total = max(options.batch_size * scored, 1)
     last = (total - 1) % CHUNK + 1  # of the chunks of logits the only one that is not computed twice
     head = 2.0 * shape.hidden * shape.vocabulary * scored * (1 + (1 - last / total) + backward)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from fast_dllm.training.attention import OPERATOR
+from fast_dllm.training.pieces import OPERATOR
 
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default}
@@ -30,9 +30,10 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
 
 def recompute_cheap_operations(model: PreTrainedModel) -> None:
-    """Keep what attention and an MLP's wide products come to; all else is done again.
+    """Keep what attention comes to, and products that are wider than their input; all else is done again.
 
-    That is less than half of what autograd would keep, for some eight percent of the arithmetic. Not for adapters: each
+    In most families those are an MLP's, and it is less than half of what autograd would keep, for four to nine percent
+    of the layers' products. Compiled flex_attention shows nothing of itself: it is done again. Not for adapters: each
     of their layers has two products more, whose results autograd itself does not need.
     """
     if model.supports_gradient_checkpointing:
@@ -50,10 +51,10 @@ def recomputes(model: PreTrainedModel) -> bool:
 def is_kept(operation: Any, arguments: Sequence[Any]) -> bool:
     """Whether `recompute_cheap_operations` keeps what an operation comes to.
 
-    Of products only those that are wider than their input, which in an MLP are most of a layer's arithmetic. Those of
-    attention are computed again from the layer's input. An MLP's last one is not: what it is added to is the next
-    layer's input, which is kept, and torch stops computing again once all is there that the backward reads. (Where a
-    norm follows, as in Gemma 2, it is computed again.)
+    Of products only those that are wider than their input, as an MLP's first ones, which are most of a layer's
+    arithmetic. Those before and after attention are computed again. An MLP's last one is not: what it is added to is
+    the next layer's input, which is kept, and torch stops computing again once all is there that the backward reads.
+    (Where a norm follows, as in Gemma 2, it is computed again.)
 
     Args:
         operation: of ATen.

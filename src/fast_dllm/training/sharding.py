@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+NO_FSDP1 = "FSDP's first version gathers weights in the forward of the whole alone: launch it with recipes/fsdp2.yaml"
 NO_SHARDED_LORA = "a LoRA adapter is not sharded: launch it with recipes/ddp.yaml, or give --lora-rank 0"
 
 
@@ -37,8 +38,8 @@ def add_up_as_one_process_does(trainer: Any, *, bfloat16: bool) -> None:
 def decodable(model: PreTrainedModel) -> Iterator[None]:
     """Let a sharded model be run by its parts, as decoding does; the weights of a layer are gathered when it is called.
 
-    What belongs to no layer (embedding, last norm, head) is gathered by the forward of the whole, which decoding does
-    not call, so it is held gathered meanwhile. Every process must run the same forwards.
+    What is not sharded by itself (GPT-2's embedding of positions, say) is gathered by the forward of the whole, which
+    decoding does not call, so it is held gathered meanwhile. Every process must run the same forwards.
 
     Args:
         model: which has run a forward of the whole before. One that is not sharded is left alone.

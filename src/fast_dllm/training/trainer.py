@@ -15,7 +15,7 @@ from fast_dllm.masks import CLEAN, NOWHERE, Tokens, dense_mask
 from fast_dllm.model.forward import head_logits, hidden_states
 from fast_dllm.objective import select, token_losses
 from fast_dllm.training.attention import NAME as IN_PIECES
-from fast_dllm.training.attention import sight, supports_pieces
+from fast_dllm.training.attention import supports_pieces, training_mask
 from fast_dllm.training.callbacks import RunClock
 from fast_dllm.training.clean_context import CleanContext
 from fast_dllm.training.evaluation import NOT_FOR_THE_MODEL, Evaluation
@@ -74,8 +74,8 @@ class _TrainingForward:
         model, attention = cast(PreTrainedModel, self), self.context_attention
         keys = tokens if context is None else context.with_keys(tokens)
         if model.config._attn_implementation == IN_PIECES:
-            seen = sight(tokens, attention, keys=keys)
-            return hidden_states(model, input_ids, position_ids, None, context, seen=seen)
+            mask = training_mask(tokens, attention, model.config, keys=keys)
+            return hidden_states(model, input_ids, position_ids, None, context, training_mask=mask)
         return hidden_states(model, input_ids, position_ids, dense_mask(tokens, attention, keys=keys), context)
 
     def _noisy_hidden(
