@@ -61,8 +61,10 @@ def supports_pieces(model: PreTrainedModel) -> bool:
 
 
 def _has_tiles(device: torch.device, config: PretrainedConfig) -> bool:
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return device.type in _TILED and width >= _NARROWEST and find_spec("triton") is not None
+    if device.type not in _TILED or find_spec("triton") is None:
+        return False
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width >= _NARROWEST
 
 
 def _let_flex_attention_compile() -> None:

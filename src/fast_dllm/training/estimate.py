@@ -6,7 +6,7 @@
   counted as Korthikanti et al. 2022 (arXiv 2205.05198), section 4, do for GPT; recomputing leaves a layer's input.
 - Arithmetic: 2 operations a weight and position forward, twice that backward (Kaplan et al. 2020, arXiv 2001.08361,
   section 2.1); attention's backward is 2.5 of its forward (Dao 2023, arXiv 2307.08691). A full fine-tune runs
-  that twice, but on a CPU.
+  that forward twice, but on a CPU.
 
 Every token is taken for an answer and every row for full: the most that a run can need. Temporaries, fragmentation and
 the runtime's own memory are not in it, so `fits` leaves a tenth of the device to them.

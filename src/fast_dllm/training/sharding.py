@@ -38,8 +38,8 @@ def add_up_as_one_process_does(trainer: Any, *, bfloat16: bool) -> None:
 def decodable(model: PreTrainedModel) -> Iterator[None]:
     """Let a sharded model be run by its parts, as decoding does; the weights of a layer are gathered when it is called.
 
-    What is not sharded by itself (GPT-2's embedding of positions, say) is gathered by the forward of the whole, which
-    decoding does not call, so it is held gathered meanwhile. Every process must run the same forwards.
+    What has no unit of its own is gathered by the forward of the whole, which decoding does not call, so it is held
+    gathered meanwhile. Every process must run the same forwards.
 
     Args:
         model: which has run a forward of the whole before. One that is not sharded is left alone.
