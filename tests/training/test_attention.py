@@ -1,4 +1,4 @@
-"""Families whose attention torch's fused one cannot give are trained with their own."""
+"""Attention is what it is by definition, in pieces and by flex_attention; families that need more keep their own."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig
 
 from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.config import BlockDiffusionConfig
@@ -154,10 +155,11 @@ def test_flex_attention_is_compiled_under_ddp_where_layers_are_recomputed(monkey
     recompute_cheap_operations(model)
     loss = loss_of(model, streams_of(64, CONFIG))
     monkeypatch.setattr(attention, "_flex_attention", torch.compile(flex_attention.flex_attention, backend="aot_eager"))
-    with_tiles(monkeypatch)
+    calls = with_tiles(monkeypatch)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)
     monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", SimpleNamespace(bucket_bytes_cap=1 << 25))
     tiled = loss_of(model, streams_of(64, CONFIG))
+    assert calls
     torch.testing.assert_close(tiled, loss)
     tiled.backward()
 
@@ -177,9 +179,11 @@ def test_compiled_flex_attention_is_compiled_twice_for_all_lengths(monkeypatch):
 def test_flex_attention_is_for_devices_and_heads_that_have_it(monkeypatch):
     tokens = sequence_tokens(torch.arange(32)[None], 8)
     wide, narrow = (tiny_model("llama", head_dim=width).config for width in (16, 8))
+    composite = AutoConfig.for_model("gemma3")
     assert isinstance(attention.training_mask(tokens, "block", wide), list)
     with_tiles(monkeypatch)
-    assert isinstance(attention.training_mask(tokens, "block", wide), flex_attention.BlockMask)
+    for config in (wide, composite):
+        assert isinstance(attention.training_mask(tokens, "block", config), flex_attention.BlockMask)
     assert isinstance(attention.training_mask(tokens, "block", narrow), list)
 
 

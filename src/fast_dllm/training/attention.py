@@ -63,17 +63,19 @@ def supports_pieces(model: PreTrainedModel) -> bool:
 def _has_tiles(device: torch.device, config: PretrainedConfig) -> bool:
     if device.type not in _TILED or find_spec("triton") is None:
         return False
-    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = config.get_text_config()
+    width: int = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
     return width >= _NARROWEST
 
 
 def _let_flex_attention_compile() -> None:
+    """Settings of the process, since a backward is compiled when it is first run."""
     settings = torch._dynamo.config
     # DDP would trace it inside the dispatch mode of what recomputes layers, for which its backward has no rule.
     settings.optimize_ddp = False
     # It is compiled for the first length, for any other, for numbers of rows, with and without gradients or a context.
     # Beyond the default limit (8) it would compute all scores, with a warning.
-    settings.recompile_limit = 64
+    settings.recompile_limit = max(settings.recompile_limit, 64)
     settings.fail_on_recompile_limit_hit = True
 
 

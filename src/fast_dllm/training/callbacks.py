@@ -165,8 +165,8 @@ class Watchdog(TrainerCallback):  # type: ignore[misc]
         loss, gradient = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
         good = state.best_model_checkpoint
         go_on = "" if good is None else f" (--model {good}, the last good save, and another --out, go on from there)"
-        if good is not None and (Path(good) / "pytorch_model_fsdp_0").exists():
-            go_on = f" (the last good save, {good}, holds what `accelerate merge-weights` makes weights of)"
+        if good is not None and (shards := Path(good) / "pytorch_model_fsdp_0").exists():
+            go_on = f" (`accelerate merge-weights {shards} DIR` makes weights of the last good save)"
         remedy = f"lower --learning-rate, or look at the data{go_on}"
         for name, value in (("loss", loss), ("gradient", gradient)):
             if not math.isfinite(value):

@@ -5,8 +5,8 @@
 - Activations: the tensors that autograd keeps of a decoder layer with RMSNorm, grouped-query attention and a gated MLP,
   counted as Korthikanti et al. 2022 (arXiv 2205.05198), section 4, do for GPT; recomputing leaves a layer's input.
 - Arithmetic: 2 operations a weight and position forward, twice that backward (Kaplan et al. 2020, arXiv 2001.08361,
-  section 2.1); attention's backward is 2.5 of its forward (Dao 2023, arXiv 2307.08691). A full fine-tune runs
-  that forward twice, but on a CPU.
+  section 2.1); attention's backward is 2.5 of its forward (Dao 2023, arXiv 2307.08691). Of a full fine-tune
+  that forward is counted twice, as flex_attention's is run.
 
 Every token is taken for an answer and every row for full: the most that a run can need. Temporaries, fragmentation and
 the runtime's own memory are not in it, so `fits` leaves a tenth of the device to them.
@@ -304,11 +304,12 @@ def _flops(shape: _Shape, options: AdaptOptions) -> float:
     backward = 1 if options.lora_rank else 2
     again = 1 if options.gradient_checkpointing else 0
     is_whole = not options.lora_rank
-    twice = shape.linear if again else shape.recomputed * is_whole
+    recomputed = shape.linear if again else shape.recomputed * is_whole
     learning = _with_backward(options)
-    linear = 2.0 * shape.layers * (shape.linear * (per_row + learning * backward) + twice * learning)
+    linear = 2.0 * shape.layers * (shape.linear * (per_row + learning * backward) + recomputed * learning)
     seen = options.max_length / 2 + PIECE if shape.in_pieces else per_row
-    attention = 4.0 * shape.query * seen * shape.layers * (per_row + learning * (2.5 + (again or is_whole)))
+    twice = again or (is_whole and shape.in_pieces)
+    attention = 4.0 * shape.query * seen * shape.layers * (per_row + learning * (2.5 + twice))
     total = max(options.batch_size * scored, 1)
     last = (total - 1) % CHUNK + 1  # of the chunks of logits the only one that is not computed twice
     head = 2.0 * shape.hidden * shape.vocabulary * scored * (1 + (1 - last / total) + backward)

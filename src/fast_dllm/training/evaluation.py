@@ -77,7 +77,7 @@ class Evaluation:
         """Tokens per forward at threshold 0.9, and the share of right answers where somebody knows.
 
         Args:
-            model: with all its weights, wrapped by peft or not.
+            model: with all its weights, wrapped by peft or not; or a sharded one inside `sharding.decodable`.
         """
         most = None if self.max_length is None else self.max_length - _PROBE_TOKENS
         probe = [item for item in self.probe if most is None or len(item.prompt_ids) <= most]

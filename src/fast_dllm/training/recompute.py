@@ -52,9 +52,9 @@ def is_kept(operation: Any, arguments: Sequence[Any]) -> bool:
     """Whether `recompute_cheap_operations` keeps what an operation comes to.
 
     Of products only those that are wider than their input, as an MLP's first ones, which are most of a layer's
-    arithmetic. Those before and after attention are computed again. An MLP's last one is not: what it is added to is
-    the next layer's input, which is kept, and torch stops computing again once all is there that the backward reads.
-    (Where a norm follows, as in Gemma 2, it is computed again.)
+    arithmetic. Most of those before and after attention are computed again. An MLP's last one is not: what it is added
+    to is the next layer's input, which is kept, and torch stops computing again once all is there that the backward
+    reads. (Where a norm follows, as in Gemma 2, it is computed again.)
 
     Args:
         operation: of ATen.
