@@ -12,6 +12,7 @@ from fast_dllm.checkpoint import smollm2_gguf
 from fast_dllm.checkpoint.load import IN_THE_BOX, SMOLLM2_BASE
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.files import unwritable
+from fast_dllm.model.forward import head_width
 
 _F16 = 1  # general.file_type
 # Linear layers of a llama block: GGUF's name, ours, and whose heads its rows are.
@@ -110,7 +111,7 @@ def _tokenizer_fields(tokenizer: Any, vocabulary: int) -> dict[str, tuple[Any, A
 
 
 def _add_sizes(writer: Any, config: Any) -> None:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_width(config)
     rope = getattr(config, "rope_parameters", None) or {}
     writer.add_file_type(_F16)
     writer.add_block_count(config.num_hidden_layers)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def hidden_states(
@@ -43,6 +43,13 @@ def hidden_states(
         **of_attention,
     )
     return outputs.last_hidden_state  # type: ignore[no-any-return]
+
+
+def head_width(config: "PretrainedConfig") -> int:
+    """Numbers of one attention head's query; not all configs name it."""
+    sizes = config.get_text_config()
+    width: int = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+    return width
 
 
 def head_logits(model: "PreTrainedModel", hidden: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fast_dllm.cache import LayerShape
 from fast_dllm.gated_lora import LowRank, low_rank_of
+from fast_dllm.model.forward import head_width
 from fast_dllm.model.linear import AdaptedLinear, DenseLinear
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def read_shape(model: "PreTrainedModel", dtype: torch.dtype) -> Shape:
         layers=config.num_hidden_layers,
         query_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_width(config),
         vocabulary=model.get_input_embeddings().weight.shape[0],
         norm_epsilon=config.rms_norm_eps,
         dtype=dtype,

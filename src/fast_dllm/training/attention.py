@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fast_dllm.config import ContextAttention
 from fast_dllm.masks import Tokens, flex_mask
+from fast_dllm.model.forward import head_width
 from fast_dllm.training.pieces import Piece, attend, cut
 
 NAME = "fast_dllm_in_pieces"
@@ -61,11 +62,7 @@ def supports_pieces(model: PreTrainedModel) -> bool:
 
 
 def _has_tiles(device: torch.device, config: PretrainedConfig) -> bool:
-    if device.type not in _TILED or find_spec("triton") is None:
-        return False
-    sizes = config.get_text_config()
-    width: int = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
-    return width >= _NARROWEST
+    return device.type in _TILED and head_width(config) >= _NARROWEST and find_spec("triton") is not None
 
 
 def _let_flex_attention_compile() -> None:

@@ -25,6 +25,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 from transformers.pytorch_utils import Conv1D
 
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.model.forward import head_width
 from fast_dllm.objective import CHUNK
 from fast_dllm.training.attention import supports_pieces
 from fast_dllm.training.options import AdaptOptions
@@ -137,7 +138,7 @@ class _Shape:
         linear = sum(inputs * outputs for inputs, outputs in products)
         if linear < _MOST * sum(parameter.numel() for parameter in layers.parameters()):
             raise _unknown(config, "many weights of its layers are in no linear layer, as those of experts are")
-        head = getattr(sizes, "head_dim", None) or sizes.hidden_size // heads
+        head = head_width(config)
         # Families have their own names for it; it is the widest that leads back to the stream.
         mlp = max(inputs for inputs, outputs in products if outputs == sizes.hidden_size)
         return cls(

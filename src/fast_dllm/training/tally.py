@@ -41,7 +41,7 @@ class Tally:
         share = (hidden_share * _PARTS).ceil().long().clamp(1, _PARTS) - 1
         sums.index_add_(0, torch.where(is_ar, _AR, share), values)
         # Zeros for the others: to leave them out, the host would have to wait for how many there are.
-        sums.index_add_(0, _PARTS + place * _PARTS // self._block_size, values * ~is_ar[:, None])
+        sums.index_add_(0, _PARTS + place * _PARTS // self._block_size, values.masked_fill(is_ar[:, None], 0.0))
         sums[-1, 0] += tokens[0]
 
     def take(self) -> Tensor:
