@@ -12,7 +12,6 @@ from fast_dllm.cli.dry_run import dry_run as estimate_run
 from fast_dllm.cli.options import DataOption, SkipOption, given, listed, takes
 from fast_dllm.cli.output import Interrupted, waiting
 from fast_dllm.cli.recipe import Recipe, read_recipe
-from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.options import AdaptOptions
 
 if TYPE_CHECKING:
@@ -123,6 +122,7 @@ def _run(plan: Recipe, out: Path, console: "Console") -> None:
 
 def _in_memory(plan: Recipe) -> "tuple[Any, TrainingData]":
     """The model's tokenizer, and all samples."""
+    from fast_dllm.checkpoint import load_tokenizer_of
     from fast_dllm.data.build import gather_conversations, render_conversations
 
     options = plan.options
@@ -134,12 +134,13 @@ def _in_memory(plan: Recipe) -> "tuple[Any, TrainingData]":
         skip_bad_rows=plan.skip_bad_rows,
         seed=options.seed,
     )
-    tokenizer = _tokenizer(plan.model, options)
+    tokenizer = load_tokenizer_of(plan.model)
     return tokenizer, render_conversations(tokenizer, conversations, max_length=options.max_length)
 
 
 def _stream(plan: Recipe) -> "tuple[Any, SampleStream]":
     """The model's tokenizer, and samples that are read as they are trained."""
+    from fast_dllm.checkpoint import load_tokenizer_of
     from fast_dllm.data.build import stream_documents, task_documents
     from fast_dllm.data.sources import BadRows
     from fast_dllm.data.stream import SampleStream
@@ -151,7 +152,7 @@ def _stream(plan: Recipe) -> "tuple[Any, SampleStream]":
         buffer, seed = options.shuffle_buffer, options.seed
         return stream_documents(plan.data, made, shuffle_buffer=buffer, seed=seed, bad=bad, epoch=epoch)
 
-    tokenizer = _tokenizer(plan.model, options)
+    tokenizer = load_tokenizer_of(plan.model)
     held_out, max_length = options.eval_samples, options.max_length
     return tokenizer, SampleStream(tokenizer, documents, held_out=held_out, max_length=max_length, bad=bad)
 
@@ -169,18 +170,6 @@ def _probe(plan: Recipe, tokenizer: Any) -> "list[ProbeItem]":
 
     items = held_out_items(plan.tasks, plan.options.probe_items, seed=0)
     return [ProbeItem(text.prompt_ids(item.messages()[:-1]), verifier(item)) for item in items]
-
-
-def _tokenizer(model: str, options: AdaptOptions) -> Any:
-    """The model's tokenizer. The model is loaded whole, so that a bad one is refused before the run begins."""
-    from fast_dllm.checkpoint import add_mask_token, load_checkpoint
-
-    checkpoint = load_checkpoint(model, base=options.base)
-    if checkpoint.tokenizer is None:
-        raise FastDLLMError(f"{model}: has no tokenizer, so conversations cannot be rendered for it")
-    if options.mask_token is not None:
-        add_mask_token(checkpoint, token=options.mask_token)
-    return checkpoint.tokenizer
 
 
 def _tell_result(result: "AdaptResult", options: AdaptOptions) -> None:
