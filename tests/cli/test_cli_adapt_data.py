@@ -16,8 +16,10 @@ def more(chats, tmp_path):
     return path
 
 
-def test_several_sources_are_read_and_their_bad_rows_skipped(run, plain, chats, more, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_several_sources_are_read_and_their_bad_rows_skipped(run, plain, chats, more, tmp_path, workers):
     command = ("adapt", "--model", plain, "--data", chats, "--data", more, "--out", tmp_path / "adapted", *FAST)
+    command = (*command, "--data-workers", workers)
     outcome = run(*command)
     assert outcome.code == 2
     assert outcome.err.startswith(f"error: {more}:21: not JSON")
@@ -119,9 +121,11 @@ def test_data_of_the_command_line_replaces_data_and_tasks_of_the_recipe(run, pla
         assert (len(samples), len(held_out)) == counts
 
 
-def test_a_stream_is_read_while_it_is_trained(run, plain, chats, more, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_is_read_while_it_is_trained(run, plain, chats, more, tmp_path, workers):
     out = tmp_path / "adapted"
     data = ("--data", chats, "--data", more, "--skip-bad-rows", "--stream", "--shuffle-buffer", 8)
+    data = (*data, "--data-workers", workers)
     outcome = run("adapt", "--model", plain, *data, "--out", out, *FAST, "--steps", 40, "--eval-samples", 3)
     assert outcome.code == 0, outcome.err
     assert "samples        3 held out, the others are read as they are trained" in outcome.out

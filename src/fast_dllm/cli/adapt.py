@@ -135,7 +135,8 @@ def _in_memory(plan: Recipe) -> "tuple[Any, TrainingData]":
         seed=options.seed,
     )
     tokenizer = load_tokenizer_of(plan.model)
-    return tokenizer, render_conversations(tokenizer, conversations, max_length=options.max_length)
+    workers, max_length = options.data_workers, options.max_length
+    return tokenizer, render_conversations(tokenizer, conversations, max_length=max_length, workers=workers)
 
 
 def _stream(plan: Recipe) -> "tuple[Any, SampleStream]":
@@ -153,8 +154,14 @@ def _stream(plan: Recipe) -> "tuple[Any, SampleStream]":
         return stream_documents(plan.data, made, shuffle_buffer=buffer, seed=seed, bad=bad, epoch=epoch)
 
     tokenizer = load_tokenizer_of(plan.model)
-    held_out, max_length = options.eval_samples, options.max_length
-    return tokenizer, SampleStream(tokenizer, documents, held_out=held_out, max_length=max_length, bad=bad)
+    return tokenizer, SampleStream(
+        tokenizer,
+        documents,
+        held_out=options.eval_samples,
+        max_length=options.max_length,
+        bad=bad,
+        workers=options.data_workers,
+    )
 
 
 def _probe(plan: Recipe, tokenizer: Any) -> "list[ProbeItem]":

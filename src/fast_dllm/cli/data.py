@@ -54,7 +54,8 @@ def data(
     """
     with waiting(f"reading {', '.join(source)}"):
         from fast_dllm.checkpoint import load_tokenizer_of
-        from fast_dllm.data.build import render_documents, stream_documents
+        from fast_dllm.data.build import stream_documents
+        from fast_dllm.data.rendering import render_documents
         from fast_dllm.data.sources import BadRows
         from fast_dllm.data.statistics import Tally
 
@@ -63,7 +64,8 @@ def data(
         shown: list[_Shown] = []
         documents = stream_documents(source, shuffle_buffer=shuffle_buffer, seed=seed, bad=bad)
         for document in islice(documents, rows):
-            for sample in render_documents(tokenizer, [document], max_length=max_length, bad=bad):
+            [rendered] = render_documents(tokenizer, [document], max_length=max_length, bad=bad)
+            for sample in rendered:
                 tally.add(sample)
                 if len(shown) < samples:
                     shown.append(_Shown(document.place, sample))

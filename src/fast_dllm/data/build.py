@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
-from fast_dllm.data.chat import Sample, render
+from fast_dllm.data.chat import Sample
 from fast_dllm.data.mixture import mix, shuffled
+from fast_dllm.data.rendering import render_documents
 from fast_dllm.data.sources import BadRows, Document, parse_sources, read_documents
 from fast_dllm.data.tasks import RESERVED_TEST_ITEMS, Item, train_and_test
 from fast_dllm.errors import FastDLLMError
@@ -191,48 +193,27 @@ def stream_documents(
     return shuffled(documents, shuffle_buffer, seed=f"{seed}-{epoch}") if shuffle_buffer > 1 else documents
 
 
-def render_documents(
-    tokenizer: Any, documents: Iterable[Document], *, max_length: int, bad: BadRows
-) -> Iterator[Sample]:
-    """Samples of documents, one after another: nothing is held.
-
-    Args:
-        tokenizer: the model's.
-        documents: what to render.
-        max_length: longer conversations are cut, longer texts split.
-        bad: told of every document that the chat template refuses.
-
-    Raises:
-        FastDLLMError: as `bad` does.
-
-    """
-    for document in documents:
-        try:
-            yield from render(tokenizer, document.content, max_length=max_length)
-        except FastDLLMError as error:
-            bad.add(document.place, error)
-
-
-def render_conversations(tokenizer: Any, conversations: Conversations, *, max_length: int) -> TrainingData:
+def render_conversations(
+    tokenizer: Any, conversations: Conversations, *, max_length: int, workers: int = 0
+) -> TrainingData:
     """Render conversations with a model's chat template.
 
     Args:
         tokenizer: the model's.
         conversations: what to render.
         max_length: longer conversations are cut, longer texts split.
+        workers: as for `render_documents`.
 
     Raises:
         FastDLLMError: for a conversation that the template refuses, or when no answer begins before `max_length`.
 
     """
     bad, once = conversations.bad, {id(document): document for document in conversations.train}
-    rendered = {
-        key: list(render_documents(tokenizer, [document], max_length=max_length, bad=bad))
-        for key, document in once.items()
-    }
+    samples = render_documents(tokenizer, once.values(), max_length=max_length, bad=bad, workers=workers)
+    rendered = dict(zip(once, samples, strict=True))
     counts = Counts()
     train = [sample for document in conversations.train for sample in rendered[id(document)]]
-    held_out = render_documents(tokenizer, conversations.held_out, max_length=max_length, bad=bad)
+    held_out = chain.from_iterable(render_documents(tokenizer, conversations.held_out, max_length=max_length, bad=bad))
     data = TrainingData(list(counts.usable(train)), list(counts.usable(held_out)), counts, bad.count)
     if not data.samples:
         raise nothing_to_learn(conversations.train[0].place if train else None, bad, max_length)

@@ -170,6 +170,8 @@ def _end_of_turn(
         add_generation_prompt: count the opening of an answer that would follow as the turn's.
 
     """
+    if index == len(turns) - 1 and not add_generation_prompt:
+        return len(text)
     through = turns[: index + 1]
     written = render_messages(tokenizer, through, add_generation_prompt=add_generation_prompt)
     if text.startswith(written):

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
-from fast_dllm.data.build import Counts, nothing_to_learn, render_documents
+from fast_dllm.data.build import Counts, nothing_to_learn
 from fast_dllm.data.chat import Sample
+from fast_dllm.data.rendering import render_documents
 from fast_dllm.data.sources import BadRows, Document
 
 _ONE_OF = 20
@@ -32,6 +33,7 @@ class SampleStream:
         held_out: int,
         max_length: int,
         bad: BadRows,
+        workers: int = 0,
     ) -> None:
         """Read what is held out.
 
@@ -41,12 +43,14 @@ class SampleStream:
             held_out: documents to hold out, at most.
             max_length: longer conversations are cut, longer texts split.
             bad: told of every document that cannot be used, as the reader of `documents` is.
+            workers: processes that render ahead of the training, as for `render_documents`.
 
         Raises:
             FastDLLMError: for bad data.
 
         """
         self._tokenizer, self._documents, self._max_length, self._bad = tokenizer, documents, max_length, bad
+        self._workers = workers
         shown = islice(documents(0), _ONE_OF * held_out)
         first = list(islice(shown, held_out))
         chosen = first[: (len(first) + sum(1 for _ in shown)) // _ONE_OF]
@@ -68,10 +72,15 @@ class SampleStream:
         counts, place = replace(self._of_held_out), None
         if epoch == 0:
             self._counts = counts
-        for document in self._documents(epoch):
-            if document.place not in self._left_out:
-                place = place or document.place
-                yield from counts.usable(self._render([document]))
+
+        def trained() -> Iterator[Document]:
+            nonlocal place
+            for document in self._documents(epoch):
+                if document.place not in self._left_out:
+                    place = place or document.place
+                    yield document
+
+        yield from counts.usable(self._render(trained(), self._workers))
         if counts.used == self._of_held_out.used:
             raise nothing_to_learn(place if counts.dropped else None, self._bad, self._max_length)
 
@@ -79,5 +88,7 @@ class SampleStream:
         """One line on what has been read of the first epoch, and on everything that was lost."""
         return self._counts.describe(len(self.held_out), self._bad.count, max_length)
 
-    def _render(self, documents: Iterable[Document]) -> Iterator[Sample]:
-        return render_documents(self._tokenizer, documents, max_length=self._max_length, bad=self._bad)
+    def _render(self, documents: Iterable[Document], workers: int = 0) -> Iterator[Sample]:
+        return chain.from_iterable(
+            render_documents(self._tokenizer, documents, max_length=self._max_length, bad=self._bad, workers=workers)
+        )

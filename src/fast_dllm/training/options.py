@@ -35,6 +35,7 @@ class AdaptOptions(_FromMapping):
             verify their drafts against their autoregressive answers, which only this loss trains: give it 0.5, say.
         stream: read the data while it is trained, and again for every epoch, instead of holding all of it.
         shuffle_buffer: of a stream: documents that are held to choose the next one from; 0 keeps their order.
+        data_workers: processes that render data beside each training process; 0 renders in it, between the steps.
         pack: pack samples into rows of `max_length`.
         separate_documents: of a pack: positions begin anew with every sample, and no sample sees another (off: as the
             published code, samples of a row read on as one).
@@ -80,6 +81,7 @@ class AdaptOptions(_FromMapping):
     ar_weight: float = 0.0
     stream: bool = False
     shuffle_buffer: int = 10_000
+    data_workers: int = 0
     pack: bool = False
     separate_documents: bool = True
     lora_rank: int = 32
@@ -102,9 +104,9 @@ class AdaptOptions(_FromMapping):
         _require_choice("objective", self.objective, Objective)
         for name in ("steps", "batch_size", "accumulation", "max_length", "block_size", "save_every"):
             _require_int(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "lora_rank", "seed", "eval_samples", "eval_every", "probe_items"):
+        counts = ("warmup_steps", "lora_rank", "seed", "eval_samples", "eval_every", "probe_items")
+        for name in (*counts, "shuffle_buffer", "data_workers"):
             _require_int(name, getattr(self, name), 0)
-        _require_int("shuffle_buffer", self.shuffle_buffer, 0)
         _require_number("learning_rate", self.learning_rate, 0.0, 1.0)
         _require_number("weight_decay", self.weight_decay, 0.0, 1.0)
         _require_number("max_grad_norm", self.max_grad_norm, 0.0, 1e9)

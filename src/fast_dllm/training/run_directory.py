@@ -12,7 +12,16 @@ from accelerate.utils import broadcast_object_list
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.files import write_whole
 
-_FREE = ("gradient_checkpointing", "save_every", "max_minutes", "eval_every", "probe_items", "divergence", "report_to")
+_FREE = (
+    "data_workers",
+    "divergence",
+    "eval_every",
+    "gradient_checkpointing",
+    "max_minutes",
+    "probe_items",
+    "report_to",
+    "save_every",
+)
 """Settings that the weights do not depend on, but for rounding: a run may go on with others."""
 
 
