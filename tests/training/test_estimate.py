@@ -25,7 +25,7 @@ from fast_dllm.data.chat import Sample
 from fast_dllm.data.packing import pack
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.estimate import GIB, Devices, check, estimate, positions
-from fast_dllm.training.lora import wrap_with_lora
+from fast_dllm.training.lora import open_adapter, wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.recompute import is_kept, recompute_cheap_operations, recompute_layers
 from fast_dllm.training.schedule import StreamCollator
@@ -111,6 +111,15 @@ def test_weights_gradients_and_moments_are_those_of_the_model(family, lora_rank)
     assert found.weights == size(model.parameters())
     assert found.gradients == size(parameter.grad for parameter in trainable)
     assert found.optimizer == size(moments)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_is_loaded_in_what_was_estimated(tmp_path, lora_rank, dtype):
+    options = replace(OPTIONS, lora_rank=lora_rank, dtype=dtype)
+    FAMILIES["llama"]().to(torch.bfloat16).save_pretrained(tmp_path)
+    checkpoint, _ = open_adapter(tmp_path, options)
+    assert estimate(checkpoint.model.config, options, Devices(GIB)).loading == size(checkpoint.model.parameters())
 
 
 class _Casts(TorchDispatchMode):

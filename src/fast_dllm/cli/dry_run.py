@@ -83,6 +83,7 @@ def _tell(found: "Estimate", options: AdaptOptions, processes: int) -> None:
         "  gradients": gib(found.gradients),
         "  optimizer": gib(found.optimizer),
         "  activations": gib(found.activations),
+        "loading": f"{gib(found.loading)} GiB of the host's memory, for each process on it",
         "arithmetic": f"{found.flops_per_step / 1e12:,.2f} Tflop a step and device; {found.flops / 1e18:,.3f} Eflop",
     }
     for name, text in lines.items():

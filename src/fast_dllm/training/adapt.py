@@ -204,9 +204,7 @@ def _make_trainer(
 def _prepare(source: str | Path, options: AdaptOptions, generated: TaskItems | None) -> tuple[Any, Checkpoint]:
     """The model to train, with its training forward, and the checkpoint it stems from."""
     torch.manual_seed(options.seed)
-    # A frozen base needs no float32 master copy; weights that are trained do.
-    dtype = torch.bfloat16 if options.lora_rank and options.dtype == "bfloat16" else torch.float32
-    checkpoint, adapter = open_adapter(source, dtype, options)
+    checkpoint, adapter = open_adapter(source, options)
     if generated is not None and generated not in checkpoint.trained_on:
         checkpoint.trained_on += (generated,)
     attention = "causal" if options.objective == "ar" else options.context_attention

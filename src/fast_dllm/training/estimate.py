@@ -71,6 +71,7 @@ class Estimate:
         gradients: and DDP's buckets.
         optimizer: AdamW's moments.
         activations: kept for the backward, with the logits of a chunk.
+        loading: of the host, for each of its processes: the base before it goes to the device.
         flops_per_step: floating-point operations of an update.
         flops: of the run, over all devices.
     """
@@ -82,12 +83,13 @@ class Estimate:
     gradients: int
     optimizer: int
     activations: int
+    loading: int
     flops_per_step: float
     flops: float
 
     @property
     def memory(self) -> int:
-        """All of it."""
+        """All that the device holds."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def fits(self, devices: Devices) -> bool:
@@ -198,6 +200,7 @@ def estimate(config: PretrainedConfig, options: AdaptOptions, devices: Devices) 
         gradients=_FLOAT32 * trainable * (1 + buckets) // share,
         optimizer=2 * _FLOAT32 * trainable // share,
         activations=_activations(shape, options),
+        loading=(_BFLOAT16 if options.loading_dtype == "bfloat16" else _FLOAT32) * shape.all,
         flops_per_step=per_step,
         flops=per_step * options.steps * devices.processes,
     )

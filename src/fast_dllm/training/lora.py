@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from fast_dllm.checkpoint import Checkpoint, is_gated, load_adapter_base, load_checkpoint
@@ -16,7 +15,7 @@ from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.trained_rows import train_rows_alone
 
 
-def open_adapter(source: str | Path, dtype: torch.dtype, options: AdaptOptions) -> tuple[Checkpoint, Path | None]:
+def open_adapter(source: str | Path, options: AdaptOptions) -> tuple[Checkpoint, Path | None]:
     """Load what is to be trained: a model, or the base of an adapter that is to be trained on.
 
     An adapter that acts everywhere is merged where a gated one goes on top of it, or all weights are trained; and one
@@ -24,7 +23,6 @@ def open_adapter(source: str | Path, dtype: torch.dtype, options: AdaptOptions) 
 
     Args:
         source: what `load_checkpoint` takes.
-        dtype: of the weights.
         options: of the run.
 
     Returns:
@@ -33,7 +31,7 @@ def open_adapter(source: str | Path, dtype: torch.dtype, options: AdaptOptions) 
     Raises:
         FastDLLMError: when the source is unusable, or a gated adapter that is to act everywhere.
     """
-    path = Path(source)
+    path, dtype = Path(source), options.loading_dtype
     is_adapter = (path / "adapter_config.json").exists()
     # Of another tool's adapter the mask token's row is not trained, nor perhaps most layers.
     is_ours = (path / BLOCK_DIFFUSION_FILE).exists()

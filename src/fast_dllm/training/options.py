@@ -149,6 +149,11 @@ class AdaptOptions(_FromMapping):
         )
 
     @property
+    def loading_dtype(self) -> Literal["bfloat16", "float32"]:
+        """Of the base as it is loaded. A frozen one needs no float32 master copy; weights that are trained do."""
+        return "bfloat16" if self.lora_rank and self.dtype == "bfloat16" else "float32"
+
+    @property
     def hidden_share(self) -> float:
         """Of the response tokens, how many the noisy views hide on average; 0 where there are no views."""
         if self.objective == "ar":
