@@ -22,9 +22,13 @@ OPTIONS |= {"save_every": 10, "eval_every": 10, "dtype": "float32"}
 BFLOAT16 = {"dtype": "bfloat16"}
 
 
-def run(base: str, out: Path, launcher: list[str], *flags: str, **options: object) -> list[dict[str, float]]:
+def start(base: str, out: Path, launcher: list[str], *flags: str, **options: object) -> subprocess.CompletedProcess:
     command = [*launcher, SCRIPT, base, str(out), json.dumps(OPTIONS | options), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def run(base: str, out: Path, launcher: list[str], *flags: str, **options: object) -> list[dict[str, float]]:
+    done = start(base, out, launcher, *flags, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return log_of(out)
 
@@ -40,8 +44,9 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def launch(config: str) -> list[str]:
-    flags = ["--config_file", str(RECIPES / config), "--num_processes", "2", "--main_process_port", free_port()]
+def launch(config: str, processes: int = 2) -> list[str]:
+    flags = ["--config_file", str(RECIPES / config), "--num_processes", str(processes)]
+    flags += ["--main_process_port", free_port()]
     return [sys.executable, "-m", "accelerate.commands.launch", *flags]
 
 
@@ -84,6 +89,24 @@ def test_two_processes_train_as_one(tmp_path, config, flags, options):
     resumed = load_file(tmp_path / "two" / name)
     for weight in parallel:
         assert torch.equal(resumed[weight], parallel[weight]), weight
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("config", "flags"), [("ddp.yaml", []), ("fsdp2.yaml", ["--fsdp"])], ids=["ddp", "fsdp2"])
+def test_a_run_of_two_processes_goes_on_with_one(tmp_path, config, flags):
+    base, out = save_tiny(tmp_path / "base", adapted=False), tmp_path / "out"
+    run(base, out, launch(config), *flags, batch_size=4, lora_rank=0)
+    two = load_file(out / "model.safetensors")
+    shutil.rmtree(out)
+    shutil.rmtree(tmp_path / "out.run" / "checkpoint-20")
+    launcher, kind = ([sys.executable], []) if flags else (launch("fsdp2.yaml", 1), ["--fsdp"])
+    other = start(base, out, launcher, *kind, batch_size=8, lora_rank=0)
+    assert other.returncode != 0
+    assert f"the run began {'with' if flags else 'without'} FSDP" in other.stderr
+    log = run(base, out, launch(config, 1) if flags else [sys.executable], *flags, batch_size=8, lora_rank=0)
+    assert sum("loss" in line for line in log) == 20
+    for name, weight in load_file(out / "model.safetensors").items():
+        assert torch.allclose(weight, two[name], atol=1e-3), name
 
 
 @pytest.mark.timeout(300)

@@ -36,7 +36,14 @@ from fast_dllm.training.recompute import recompute_cheap_operations, recompute_l
 from fast_dllm.training.rows import Epochs, digest_of, no_longer_than, open_run, rows_of
 from fast_dllm.training.run_directory import RunDirectory, step_of
 from fast_dllm.training.schedule import RunDataset, StreamCollator
-from fast_dllm.training.sharding import NO_FSDP1, NO_SHARDED_LORA, add_up_as_one_process_does, gather, is_sharded
+from fast_dllm.training.sharding import (
+    NO_FSDP1,
+    NO_SHARDED_LORA,
+    add_up_as_one_process_does,
+    check_save,
+    gather,
+    is_sharded,
+)
 from fast_dllm.training.trainer import BlockDiffusionTrainer, with_training_forward, without_training_forward
 
 
@@ -111,6 +118,8 @@ def adapt(
     rows = RunDataset(open_run(samples, checkpoint.config, options, per_update), arguments.max_steps * per_update)
     progress = None if console is None else (ProgressBar if console.is_terminal else ProgressLines)(console)
     trainer = _make_trainer(model, arguments, rows, options, checkpoint, clock, evaluation, progress)
+    if resume is not None:
+        check_save(trainer, resume)
     _read_up_to(0 if resume is None else step_of(resume) * per_update, rows, console)
     with nullcontext() if progress is None else closing(progress):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))

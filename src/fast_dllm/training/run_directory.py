@@ -38,7 +38,8 @@ class RunDirectory:
 
         Args:
             settings: of the run; it goes on only with those it began with, as far as the weights depend on them. How
-                an update is cut into forwards does not count, nor does what a run without a whole save had.
+                an update is cut into forwards and spread over processes does not count, nor does what a run without a
+                whole save had.
             defaults: what holds for a run of an earlier release, which did not know all of them.
 
         Raises:
@@ -85,7 +86,7 @@ class RunDirectory:
 
 def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in settings.items() if key not in _FREE}
-    return kept | {"batch_size": kept["batch_size"] * kept.pop("accumulation")}
+    return kept | {"batch_size": kept["batch_size"] * kept.pop("accumulation") * kept.pop("processes")}
 
 
 def step_of(save: Path) -> int:

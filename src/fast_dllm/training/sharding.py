@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fast_dllm.errors import FastDLLMError
 
 NO_FSDP1 = "FSDP's first version gathers weights in the forward of the whole alone: launch it with recipes/fsdp2.yaml"
 NO_SHARDED_LORA = "a LoRA adapter is not sharded: launch it with recipes/ddp.yaml, or give --lora-rank 0"
@@ -16,6 +20,18 @@ NO_SHARDED_LORA = "a LoRA adapter is not sharded: launch it with recipes/ddp.yam
 def is_sharded(trainer: Any) -> bool:
     """Whether each process holds a part of the weights only."""
     return bool(trainer.is_fsdp_enabled)
+
+
+def check_save(trainer: Any, save: Path) -> None:
+    """Refuse a save that this trainer cannot go on from.
+
+    Raises:
+        FastDLLMError: for one whose weights are spread over processes where the trainer's are whole, or the reverse.
+    """
+    has_parts = (save / f"{FSDP_MODEL_NAME}_0").exists()
+    if has_parts != is_sharded(trainer):
+        launcher = "recipes/fsdp2.yaml" if has_parts else "recipes/ddp.yaml, or in one process"
+        raise FastDLLMError(f"{save}: the run began {'with' if has_parts else 'without'} FSDP; go on with {launcher}")
 
 
 def add_up_as_one_process_does(trainer: Any, *, bfloat16: bool) -> None:
