@@ -50,9 +50,10 @@ $(CHATS)/own.jsonl: $(CHATS)/alpaca.jsonl | install
 BOX := runs/smollm2
 every_threshold := --threshold 0.5,0.6,0.7,0.8,0.9,1.0
 adapt = $(BIN)/fast-dllm adapt --recipe recipes/$(1).json --out $(2)
+cut = $(BIN)/python recipes/cut_adapter.py $(1) $(1)-cut --chats $(CHATS)/own.jsonl --numbers $(2)
 round = $(BIN)/python recipes/round_adapter.py $(1) $(2)
-cut = $(BIN)/python recipes/cut_adapter.py $(1) $(1)-cut --numbers $(3) --chats $(CHATS)/own.jsonl && $(call round,$(1)-cut,src/fast_dllm/assets/$(2))
-model: chats  ## train the model in the box again: fine-tune it autoregressively, then teach it to draft (four to six hours)
+ASSETS := src/fast_dllm/assets
+model: chats  ## train the model in the box again: fine-tune it autoregressively, and teach it to draft (fourteen hours)
 	$(call adapt,smollm2-1-autoregressive,$(BOX)/autoregressive)
 	$(call adapt,smollm2-2-more-autoregressive,$(BOX)/more-autoregressive)
 	$(call adapt,smollm2-3-six-tasks-and-chats,$(BOX)/six-tasks-and-chats)
@@ -60,13 +61,20 @@ model: chats  ## train the model in the box again: fine-tune it autoregressively
 	$(call adapt,smollm2-4-drafts,$(BOX)/drafts)
 	$(call adapt,smollm2-5-more-drafts,$(BOX)/more-drafts)
 	$(call adapt,smollm2-6-longer,$(BOX)/longer)
-	$(call cut,$(BOX)/longer,smollm2-ar,4.0e6)
+	$(call cut,$(BOX)/longer,4.0e6)
+	$(call round,$(BOX)/longer-cut,$(ASSETS)/smollm2-ar)
 	$(call adapt,smollm2-7-drafts-follow,$(BOX)/drafts-follow)
-	$(call cut,$(BOX)/drafts-follow,smollm2,1.5e6)
+	$(call cut,$(BOX)/drafts-follow,1.5e6)
+	$(call round,$(BOX)/drafts-follow-cut,$(ASSETS)/smollm2)
+	$(call adapt,smollm2-8-further,$(BOX)/further)
+	$(call cut,$(BOX)/further,3.0e6 --beneath $(ASSETS)/smollm2-ar)
+	$(call adapt,smollm2-9-after-cutting,$(BOX)/after-cutting)
+	$(call adapt,smollm2-10-in-this-form,$(BOX)/in-this-form)
+	$(call round,$(BOX)/in-this-form,$(ASSETS)/smollm2-ar)
 
 baseline: chats  ## spend what teaching it to draft took on fine-tuning instead, and compare (more than an hour)
 	$(call adapt,smollm2-baseline,$(BOX)/baseline)
-	$(BIN)/fast-dllm eval smollm2 --against $(BOX)/baseline --dtype int8 --items 504 --batch-size 8 $(every_threshold) \
+	$(BIN)/fast-dllm eval smollm2 --against $(BOX)/baseline --dtype int8 --items 504 --batch-size 8 --verify $(every_threshold) \
 	    --out $(BOX)/eval.json
 
 VARIANTS := runs/variants
