@@ -108,7 +108,7 @@ def adapt(
     model, checkpoint = _prepare(source, options, generated)
     samples = no_longer_than(samples, checkpoint.max_length, options)
     settings = {"source": str(source), "data": data, "processes": arguments.world_size, **options.to_dict()}
-    run.claim(settings, {"data": data, **AdaptOptions().to_dict()})
+    run.claim(settings, {"data": data, "processes": 1, **AdaptOptions().to_dict()})
     per_update = options.batch_size * options.accumulation * arguments.world_size
     evaluation = _evaluation(held_out[: options.eval_samples], probe, checkpoint, options)
     resume = run.last_save()
