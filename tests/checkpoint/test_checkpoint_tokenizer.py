@@ -49,3 +49,12 @@ def test_no_tokenizer_is_an_error(tmp_path):
     shutil.rmtree(tmp_path / "model")
     with pytest.raises(FastDLLMError, match="no such file or directory"):
         load_tokenizer_of(source)
+
+
+def test_the_tokenizer_of_a_base_that_has_moved(tmp_path):
+    source = adapter_without_tokenizer(tmp_path)
+    moved = (tmp_path / "base").rename(tmp_path / "moved")
+    alone, whole = load_tokenizer_of(source, base=moved), load_checkpoint(source, base=moved).tokenizer
+    assert alone(TEXT)["input_ids"] == whole(TEXT)["input_ids"]
+    with pytest.raises(FastDLLMError, match="no such file or directory"):
+        load_tokenizer_of(source)

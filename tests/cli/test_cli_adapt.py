@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import pytest
 from transformers import Trainer
@@ -95,3 +96,16 @@ def test_samples_that_are_too_long_are_told(run, plain, chats, tmp_path):
     flags = ("--steps", 1, *FAST, "--eval-samples", 0)
     outcome = run("adapt", "--model", plain, "--data", chats, "--out", tmp_path / "adapted", *flags)
     assert "1 cut to --max-length 64; end-of-turn tokens lost by that: 1; 1 dropped" in outcome.out
+
+
+def test_an_adapter_over_a_base_that_has_moved_is_trained_on(run, plain, chats, tmp_path):
+    base, first = tmp_path / "base", tmp_path / "first"
+    shutil.copytree(plain, base)
+    command = ("adapt", "--data", chats, "--steps", 1, *FAST)
+    assert run(*command, "--model", base, "--out", first).code == 0
+    for file in (*first.glob("tokenizer*"), *first.glob("chat_template*")):
+        file.unlink()
+    moved = base.rename(tmp_path / "moved")
+    assert run(*command, "--model", first, "--out", tmp_path / "second").code == 2
+    outcome = run(*command, "--model", first, "--base", moved, "--out", tmp_path / "second")
+    assert outcome.code == 0, outcome.err

@@ -80,17 +80,35 @@ def open_base(directory: Path, load_base: Callable[[str | Path], Checkpoint], *,
     if not weights.exists() and (directory / "adapter_model.bin").exists():
         raise FastDLLMError(f"{directory}: pickled weights are not read, they can run code; save them as safetensors")
     check_safetensors(weights)
-    recorded = base or (ours or {}).get("base") or peft_values.get("base_model_name_or_path")
-    if not recorded:
-        raise FastDLLMError(
-            f"{config_path}: base_model_name_or_path is missing; name the base model with base (--base)"
-        )
-    checkpoint = _load_base(directory, load_base, recorded, named=base is not None)
+    checkpoint = _load_base(directory, load_base, base_of(directory, base), named=base is not None)
     if ours is not None:
         _restore(checkpoint, ours, directory / BLOCK_DIFFUSION_FILE)
     tokenizer = load_tokenizer(directory)
     checkpoint.tokenizer = checkpoint.tokenizer if tokenizer is None else tokenizer
     return checkpoint
+
+
+def base_of(directory: Path, base: str | Path | None) -> str | Path:
+    """What an adapter lies over.
+
+    Args:
+        directory: as for `load_adapter`.
+        base: as for `load_adapter`.
+
+    Raises:
+        FastDLLMError: when nobody says.
+
+    """
+    if base is not None:
+        return base
+    ours, config_path = directory / BLOCK_DIFFUSION_FILE, directory / "adapter_config.json"
+    recorded = read_json(ours).get("base") if ours.exists() else None
+    recorded = recorded or read_json(config_path).get("base_model_name_or_path")
+    if not recorded:
+        raise FastDLLMError(
+            f"{config_path}: base_model_name_or_path is missing; name the base model with base (--base)"
+        )
+    return str(recorded)
 
 
 def _load_base(

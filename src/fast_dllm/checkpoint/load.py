@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
 from fast_dllm.checkpoint import published
-from fast_dllm.checkpoint.adapter import load_adapter, open_base
+from fast_dllm.checkpoint.adapter import base_of, load_adapter, open_base
 from fast_dllm.checkpoint.checkpoint import (
     AUTOREGRESSIVE,
     CONFIG_KEY,
@@ -120,11 +120,12 @@ def load_adapter_base(
         return open_base(Path(directory), partial(load_checkpoint, dtype=dtype), base=base)
 
 
-def load_tokenizer_of(source: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer_of(source: str | Path, *, base: str | Path | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of what `load_checkpoint` takes, without the model.
 
     Args:
         source: as for `load_checkpoint`.
+        base: as for `load_checkpoint`; read where an adapter has no tokenizer of its own.
 
     Raises:
         FastDLLMError: when there is nothing there, or it has no tokenizer that can be read.
@@ -134,12 +135,7 @@ def load_tokenizer_of(source: str | Path) -> PreTrainedTokenizerBase:
     with quiet():
         tokenizer = load_gguf_tokenizer(path) if path.is_file() else load_tokenizer(path)
     if tokenizer is None and (path / "adapter_config.json").exists():
-        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        if not base:
-            raise FastDLLMError(
-                f"{path / 'adapter_config.json'}: base_model_name_or_path is missing; name the base there"
-            )
-        return load_tokenizer_of(str(base))
+        return load_tokenizer_of(base_of(path, base))
     if tokenizer is None:
         raise FastDLLMError(f"{source}: has no tokenizer, so conversations cannot be rendered for it")
     return tokenizer

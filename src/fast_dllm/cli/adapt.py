@@ -134,7 +134,7 @@ def _in_memory(plan: Recipe) -> "tuple[Any, TrainingData]":
         skip_bad_rows=plan.skip_bad_rows,
         seed=options.seed,
     )
-    tokenizer = load_tokenizer_of(plan.model)
+    tokenizer = load_tokenizer_of(plan.model, base=options.base)
     workers, max_length = options.data_workers, options.max_length
     return tokenizer, render_conversations(tokenizer, conversations, max_length=max_length, workers=workers)
 
@@ -153,7 +153,7 @@ def _stream(plan: Recipe) -> "tuple[Any, SampleStream]":
         buffer, seed = options.shuffle_buffer, options.seed
         return stream_documents(plan.data, made, shuffle_buffer=buffer, seed=seed, bad=bad, epoch=epoch)
 
-    tokenizer = load_tokenizer_of(plan.model)
+    tokenizer = load_tokenizer_of(plan.model, base=options.base)
     return tokenizer, SampleStream(
         tokenizer,
         documents,
