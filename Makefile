@@ -72,7 +72,7 @@ model: chats  ## train the model in the box again: fine-tune it autoregressively
 	$(call adapt,smollm2-10-in-this-form,$(BOX)/in-this-form)
 	$(call round,$(BOX)/in-this-form,$(ASSETS)/smollm2-ar)
 
-baseline: chats  ## spend what teaching it to draft took on fine-tuning instead, and compare (more than an hour)
+baseline: chats  ## spend what teaching it to draft took on fine-tuning instead, and compare (three to four hours)
 	$(call adapt,smollm2-baseline,$(BOX)/baseline)
 	$(BIN)/fast-dllm eval smollm2 --against $(BOX)/baseline --dtype int8 --items 504 --batch-size 8 --verify $(every_threshold) \
 	    --out $(BOX)/eval.json

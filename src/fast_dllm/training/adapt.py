@@ -97,8 +97,7 @@ def adapt(
         generated: which of the samples are of `data.build.task_documents`; recorded, for `eval` to ask others.
 
     Raises:
-        FastDLLMError: when the source is unusable, there is nothing to train on, `out` holds another run, or the
-            loss is lost on the way.
+        FastDLLMError: for an unusable source, nothing to train on, another run in `out`, or a loss lost on the way.
     """
     out, options = Path(out), with_dtype(options)
     run = RunDirectory(out.with_name(f"{out.name}.run"))
@@ -118,8 +117,7 @@ def adapt(
     rows = RunDataset(open_run(samples, checkpoint.config, options, per_update), arguments.max_steps * per_update)
     progress = None if console is None else (ProgressBar if console.is_terminal else ProgressLines)(console)
     trainer = _make_trainer(model, arguments, rows, options, checkpoint, clock, evaluation, progress)
-    if resume is not None:
-        check_save(trainer, resume)
+    check_save(trainer, resume)
     _read_up_to(0 if resume is None else step_of(resume) * per_update, rows, console)
     with nullcontext() if progress is None else closing(progress):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))

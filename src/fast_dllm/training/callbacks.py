@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fast_dllm.errors import FastDLLMError
+from fast_dllm.training.sharding import shards_of
 
 
 class RunClock(TrainerCallback):  # type: ignore[misc]
@@ -165,7 +166,7 @@ class Watchdog(TrainerCallback):  # type: ignore[misc]
         loss, gradient = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
         good = state.best_model_checkpoint
         go_on = "" if good is None else f" (--model {good}, the last good save, and another --out, go on from there)"
-        if good is not None and (shards := Path(good) / "pytorch_model_fsdp_0").exists():
+        if good is not None and (shards := shards_of(Path(good))) is not None:
             go_on = f" (`accelerate merge-weights {shards} DIR` makes weights of the last good save)"
         remedy = f"lower --learning-rate, or look at the data{go_on}"
         for name, value in (("loss", loss), ("gradient", gradient)):

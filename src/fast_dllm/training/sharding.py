@@ -22,16 +22,24 @@ def is_sharded(trainer: Any) -> bool:
     return bool(trainer.is_fsdp_enabled)
 
 
-def check_save(trainer: Any, save: Path) -> None:
-    """Refuse a save that this trainer cannot go on from.
+def shards_of(save: Path) -> Path | None:
+    """The directory of a save that holds the weights of a sharded run; None where they are whole."""
+    shards = save / f"{FSDP_MODEL_NAME}_0"
+    return shards if shards.exists() else None
+
+
+def check_save(trainer: Any, save: Path | None) -> None:
+    """Refuse a save that this trainer cannot go on from; None is the beginning of a run.
 
     Raises:
         FastDLLMError: for one whose weights are spread over processes where the trainer's are whole, or the reverse.
     """
-    has_parts = (save / f"{FSDP_MODEL_NAME}_0").exists()
-    if has_parts != is_sharded(trainer):
-        launcher = "recipes/fsdp2.yaml" if has_parts else "recipes/ddp.yaml, or in one process"
-        raise FastDLLMError(f"{save}: the run began {'with' if has_parts else 'without'} FSDP; go on with {launcher}")
+    if save is None:
+        return
+    if is_sharded(trainer) and shards_of(save) is None:
+        raise FastDLLMError(f"{save}: the run began without FSDP; go on with recipes/ddp.yaml, or in one process")
+    if not is_sharded(trainer) and shards_of(save) is not None:
+        raise FastDLLMError(f"{save}: the run began with FSDP; go on with recipes/fsdp2.yaml")
 
 
 def add_up_as_one_process_does(trainer: Any, *, bfloat16: bool) -> None:
