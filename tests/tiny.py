@@ -47,7 +47,6 @@ def tiny_model(
         dtype: of the parameters.
         seed: the same seed gives the same weights.
         overrides: fields of the Hugging Face config.
-
     """
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,

@@ -34,7 +34,6 @@ class _FromMapping:
 
         Raises:
             FastDLLMError: for an unknown key or an invalid value.
-
         """
         known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         for key in values:
@@ -80,7 +79,6 @@ class BlockDiffusionConfig(_FromMapping):
         token_shift: the hidden state at position i-1 predicts token i, as in the AR model it came from.
         context_attention: who sees whom among clean tokens. "block": block-causal (Fast-dLLM v2);
             "causal": token-causal, so the clean stream is the AR model; "full": everyone (Dream, LLaDA).
-
     """
 
     mask_token_id: int | None
@@ -154,7 +152,6 @@ class DecodingConfig(_FromMapping):
             the answer is that of autoregressive decoding, sampled ones included, and the policy decides only how many
             forwards it takes. None does so where the model has token shift and causal context attention (train it
             with an AR loss); other models cannot. Drafting and verifying in one forward: TiDAR (arXiv 2511.08923).
-
     """
 
     max_new_tokens: int = 512
@@ -220,7 +217,6 @@ class DecodingConfig(_FromMapping):
 
         Raises:
             FastDLLMError: when the model has no autoregressive answer.
-
         """
         has_answer = model.context_attention == "causal" and model.token_shift
         _require(
@@ -259,7 +255,6 @@ class DecodingConfig(_FromMapping):
         Raises:
             FastDLLMError: when the sub-block does not divide the block, or a block size is asked of a
                 full-attention model.
-
         """
         if model.context_attention == "full":
             _require(

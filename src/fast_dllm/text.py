@@ -24,7 +24,6 @@ def check_messages(messages: object) -> list[Message]:
 
     Raises:
         FastDLLMError: naming the message by its number, from 1.
-
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise FastDLLMError('messages must be a list of {"role": ..., "content": ...}')
@@ -62,7 +61,6 @@ def render_messages(
 
     Raises:
         FastDLLMError: when the tokenizer has no chat template, or the template refuses the conversation.
-
     """
     if not getattr(tokenizer, "chat_template", None):
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
@@ -94,7 +92,6 @@ class ChatText:
 
         Raises:
             FastDLLMError: for malformed messages, or a tokenizer without a chat template.
-
         """
         text = render_messages(self.tokenizer, check_messages(messages), add_generation_prompt=True)
         return self.encode(text, add_special_tokens=False)
@@ -105,7 +102,6 @@ class ChatText:
         Args:
             text: what to encode. Special tokens written in it are recognised.
             add_special_tokens: add what the tokenizer puts around a text, for example a beginning-of-text token.
-
         """
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 

@@ -42,7 +42,6 @@ def load_adapter(
 
     Raises:
         FastDLLMError: when the adapter is broken or belongs to another base.
-
     """
     checkpoint = open_base(directory, load_base, base=base)
     gated = is_gated(directory)
@@ -69,7 +68,6 @@ def open_base(directory: Path, load_base: Callable[[str | Path], Checkpoint], *,
 
     Raises:
         FastDLLMError: when the adapter is broken or belongs to another base.
-
     """
     config_path, weights = directory / "adapter_config.json", directory / _WEIGHTS
     peft_values = read_json(config_path)
@@ -97,7 +95,6 @@ def base_of(directory: Path, base: str | Path | None) -> str | Path:
 
     Raises:
         FastDLLMError: when nobody says.
-
     """
     if base is not None:
         return base

@@ -37,7 +37,6 @@ class Checkpoint:
         mask_token_added: the mask token was added to this vocabulary after loading.
         trained_on: generated questions of all its training, its base's included.
         stored_dtype: of the weights in their files, where those say it.
-
     """
 
     model: PreTrainedModel
@@ -90,7 +89,6 @@ def read_config(values: Any, path: Path) -> BlockDiffusionConfig:
 
     Raises:
         FastDLLMError: naming the file, for a section that is no object, is incomplete, or has an unknown key.
-
     """
     where = f"{path}: {CONFIG_KEY}"
     if not isinstance(values, dict):
@@ -108,7 +106,6 @@ def read_trained_on(values: Any, path: Path) -> tuple[TaskItems, ...]:
 
     Raises:
         FastDLLMError: naming the file, where it says something else.
-
     """
     try:
         return tuple(TaskItems(tuple(map(str, entry["tasks"])), int(entry["items"])) for entry in values)

@@ -23,7 +23,6 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
 
     Raises:
         FastDLLMError: when the directory holds something that is not ours to overwrite, or cannot be written.
-
     """
     target = Path(directory).expanduser().resolve()
     _refuse_foreign(target)
@@ -47,7 +46,6 @@ def check_target(directory: str | Path) -> None:
 
     Raises:
         FastDLLMError: as `whole_directory`.
-
     """
     target = Path(directory).expanduser().resolve()
     _refuse_foreign(target)

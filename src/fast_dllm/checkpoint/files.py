@@ -24,7 +24,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FastDLLMError: when the file is missing, is not JSON, or holds something else than an object.
-
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -51,7 +50,6 @@ def check_weight_files(directory: Path) -> None:
     Raises:
         FastDLLMError: when one is missing or truncated, or when the weights are only there as pickles, which
             can run code when read.
-
     """
     files = _weight_files(directory)
     if not files:
@@ -71,7 +69,6 @@ def check_safetensors(path: Path) -> None:
 
     Raises:
         FastDLLMError: when it is missing, truncated or something else.
-
     """
     try:
         with safe_open(path, framework="pt"):

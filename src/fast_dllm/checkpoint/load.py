@@ -70,7 +70,6 @@ def load_checkpoint(
     Raises:
         FastDLLMError: when there is nothing there, or it is not whole, not a decoder-only model, or does not fit
             the settings.
-
     """
     wanted_dtype = _as_dtype(dtype)
     given = {
@@ -114,7 +113,6 @@ def load_adapter_base(
 
     Raises:
         FastDLLMError: when the adapter is broken or belongs to another base.
-
     """
     with quiet():
         return open_base(Path(directory), partial(load_checkpoint, dtype=dtype), base=base)
@@ -129,7 +127,6 @@ def load_tokenizer_of(source: str | Path, *, base: str | Path | None = None) -> 
 
     Raises:
         FastDLLMError: when there is nothing there, or it has no tokenizer that can be read.
-
     """
     path, _ = _locate(source)
     with quiet():

@@ -39,7 +39,6 @@ def add_mask_token(checkpoint: Checkpoint, *, token: str | None = None) -> int:
 
     Raises:
         FastDLLMError: when there is no tokenizer, or `token` is not in the vocabulary.
-
     """
     tokenizer = checkpoint.tokenizer
     if token is None and checkpoint.config.mask_token_id is not None:

@@ -20,7 +20,6 @@ def block_size_of(values: dict[str, Any], path: Path) -> int:
 
     Raises:
         FastDLLMError: when the config does not say.
-
     """
     size = values.get("bd_size")
     if not isinstance(size, int):

@@ -36,7 +36,6 @@ def save_checkpoint(checkpoint: Checkpoint, directory: str | Path, *, recipe: Ma
 
     Raises:
         FastDLLMError: when the directory is someone else's or cannot be written, or the model has a gated adapter.
-
     """
     model = checkpoint.model
     if gated_token(model) is not None:
@@ -71,7 +70,6 @@ def save_adapter(
     Raises:
         FastDLLMError: when the directory is someone else's or cannot be written, when the base has no name to be
             found by again, or when the adapter would hold a whole embedding.
-
     """
     if checkpoint.source is None:
         raise FastDLLMError("the adapter's base has no name to be found by again; save the whole model instead")

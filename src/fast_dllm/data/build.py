@@ -22,7 +22,6 @@ class Conversations:
         train: in the order they were read or drawn; one that is drawn again is the same object.
         held_out: not trained on.
         bad: the rows that could not be used.
-
     """
 
     train: list[Document]
@@ -39,7 +38,6 @@ class Counts:
         truncated: samples cut to the maximal length, dropped ones included.
         dropped: samples without a loss position after that.
         lost_ends: assistant turns whose end-of-turn token was cut off.
-
     """
 
     used: int = 0
@@ -65,7 +63,6 @@ class Counts:
             held_out: samples of `used` that are not trained on.
             skipped: rows that could not be used.
             max_length: of a sample.
-
         """
         parts = [f"{self.used - held_out}, {held_out} held out"]
         if self.truncated:
@@ -88,7 +85,6 @@ class TrainingData:
         held_out: samples that are not trained on.
         counts: of both.
         skipped: rows that could not be used.
-
     """
 
     samples: list[Sample]
@@ -126,7 +122,6 @@ def gather_conversations(
 
     Raises:
         FastDLLMError: for bad data or an unknown task.
-
     """
     bad = BadRows(skip=skip_bad_rows)
     sources = [] if data is None else parse_sources(data)
@@ -154,7 +149,6 @@ def task_documents(tasks: Sequence[str], count: int) -> tuple[list[Document], li
 
     Raises:
         FastDLLMError: for an unknown task.
-
     """
     # One data set for all runs: what one run is tested on, no other may have learned.
     train, test = train_and_test(tasks, count, RESERVED_TEST_ITEMS, seed=0)
@@ -183,7 +177,6 @@ def stream_documents(
 
     Raises:
         FastDLLMError: for bad data, while it is read.
-
     """
     sources = [] if data is None else parse_sources(data)
     opened: list[Callable[[], Iterable[Document]]] = [partial(iter, made)] if made else []
@@ -206,7 +199,6 @@ def render_conversations(
 
     Raises:
         FastDLLMError: for a conversation that the template refuses, or when no answer begins before `max_length`.
-
     """
     bad, once = conversations.bad, {id(document): document for document in conversations.train}
     samples = render_documents(tokenizer, once.values(), max_length=max_length, bad=bad, workers=workers)
@@ -227,7 +219,6 @@ def nothing_to_learn(place: str | None, bad: BadRows, max_length: int) -> FastDL
         place: of the first document that was rendered; None when none could be.
         bad: what was wrong with the others.
         max_length: of a sample.
-
     """
     if place is None:
         return FastDLLMError("; the first: ".join(["no conversation can be used", *bad.examples[:1]]))

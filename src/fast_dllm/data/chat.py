@@ -27,7 +27,6 @@ class Sample:
         truncated: the end was cut off to keep to a maximal length. All of the loss positions may have gone with
             it: drop a sample where `any(loss_mask)` is false.
         lost_ends: assistant turns whose end, the end-of-turn token with it, was cut off.
-
     """
 
     input_ids: list[int]
@@ -46,7 +45,6 @@ def render(tokenizer: Any, content: Content, *, max_length: int | None = None) -
 
     Raises:
         FastDLLMError: as `render_chat`.
-
     """
     if isinstance(content, str):
         return render_text(tokenizer, content, max_length=max_length)
@@ -68,7 +66,6 @@ def render_chat(tokenizer: Any, messages: object, *, max_length: int | None = No
 
     Raises:
         FastDLLMError: for malformed messages, or a template whose turns cannot be told apart.
-
     """
     turns = check_messages(messages)
     if not any(turn["role"] == "assistant" for turn in turns):
@@ -96,7 +93,6 @@ def render_text(tokenizer: Any, text: str, *, max_length: int | None = None) -> 
         tokenizer: a Hugging Face tokenizer; its own special tokens are added.
         text: the document.
         max_length: most tokens of a window, 2 or more; None makes one of any length.
-
     """
     ids = list(tokenizer(text)["input_ids"])
     end = tokenizer.eos_token_id
@@ -168,7 +164,6 @@ def _end_of_turn(
         index: of the turn.
         text: of the whole conversation.
         add_generation_prompt: count the opening of an answer that would follow as the turn's.
-
     """
     if index == len(turns) - 1 and not add_generation_prompt:
         return len(text)

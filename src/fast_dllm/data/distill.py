@@ -105,7 +105,6 @@ def distill(
 
     Raises:
         FastDLLMError: when `out` is there already or cannot be written, when its part is of another run, or as `bad`.
-
     """
     out, chats = Path(out), [_Chat(prompt) for prompt in prompts]
     run = _Run(model, chats, decoding, batch_size, BadRows() if bad is None else bad)

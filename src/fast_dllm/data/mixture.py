@@ -22,7 +22,6 @@ def mix(
         weights: relative shares. A source that is through begins again, so that the shares hold to the end. None
             gives each row once: among the sources that are not through, one is as likely as another.
         seed: of the draws.
-
     """
     rng = random.Random(f"mix-{seed}")
     rows = [iter(source()) for source in sources]
@@ -50,7 +49,6 @@ def shuffled(rows: Iterable[_Row], buffer_size: int, *, seed: int | str) -> Iter
         rows: as they come.
         buffer_size: rows to choose the next one from.
         seed: of the choices.
-
     """
     rng = random.Random(f"shuffle-{seed}")
     held: list[_Row] = []

@@ -21,7 +21,6 @@ class Packed:
         position_ids: [L] int64, from 0 in each document (0 on row padding).
         document_ids: [L] int32, from 0 in each row; `NO_DOCUMENT` on row padding. Padding inside a document's
             last block belongs to the document.
-
     """
 
     input_ids: torch.Tensor
@@ -40,7 +39,6 @@ def pad_to_blocks(sample: Sample, block_size: int, pad_id: int) -> Sample:
 
     Returns:
         The sample with ceil(n / D) * D tokens.
-
     """
     missing = -len(sample.input_ids) % block_size
     return replace(
@@ -77,7 +75,6 @@ def pack(
     Raises:
         FastDLLMError: for a sample that is empty or too long (naming its index), or a length that is no multiple
             of the block size.
-
     """
     if length % block_size or length < block_size:
         raise FastDLLMError(f"length={length} is not a multiple of block_size={block_size}; choose one that is")
@@ -102,7 +99,6 @@ def collate(rows: Sequence[Packed], pad_id: int) -> dict[str, torch.Tensor]:
 
     Returns:
         `input_ids`, `loss_mask`, `position_ids`, `document_ids`, each [B, L].
-
     """
     padding = {"input_ids": pad_id, "loss_mask": False, "position_ids": 0, "document_ids": NO_DOCUMENT}
     return {
@@ -142,7 +138,6 @@ def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
 
     Returns:
         The indices of the sizes in each row.
-
     """
     # A tree over the rows' free room finds the first fit in O(log n).
     leaves = 1

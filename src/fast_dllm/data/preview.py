@@ -17,7 +17,6 @@ class Piece:
         text: special tokens are written out.
         is_learned: whether there is loss on it (on the first of several).
         begins_block: whether a block begins with it, or inside it; never the first block.
-
     """
 
     text: str
@@ -32,7 +31,6 @@ def pieces_of(tokenizer: Any, sample: Sample, block_size: int) -> list[Piece]:
         tokenizer: the one it was made with.
         sample: what to show.
         block_size: D.
-
     """
     pieces, start = [], 0
     for text, end in _texts(tokenizer, sample.input_ids):

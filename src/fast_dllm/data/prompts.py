@@ -31,7 +31,6 @@ class Prompt:
         messages: the conversation to answer.
         id: the row's own "id", passed through to its answer; None where the row has none.
         place: where it stands, such as "prompts.jsonl:12".
-
     """
 
     messages: list[Message]
@@ -55,7 +54,6 @@ def read_prompts(data: object, *, replace_answers: bool = False, bad: BadRows | 
 
     Raises:
         FastDLLMError: for a source that cannot be read or has no prompt, or a bad row (naming file and line).
-
     """
     bad = BadRows() if bad is None else bad
 

@@ -41,7 +41,6 @@ def render_documents(
 
     Raises:
         FastDLLMError: as `bad` does, or when a process dies.
-
     """
     for document, rendered in _each(tokenizer, documents, max_length, workers):
         if isinstance(rendered, FastDLLMError):

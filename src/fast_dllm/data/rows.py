@@ -32,7 +32,6 @@ def json_object(line: str, shape: str) -> Mapping[str, Any]:
 
     Raises:
         FastDLLMError: when it is something else.
-
     """
     try:
         row = json.loads(line)
@@ -48,7 +47,6 @@ def check_object(row: object, remedy: str) -> Mapping[str, Any]:
 
     Raises:
         FastDLLMError: when it is no object.
-
     """
     if not isinstance(row, Mapping):
         raise FastDLLMError(f"a JSON {type(row).__name__}, not an object; {remedy}")
@@ -64,7 +62,6 @@ def content_of(row: Mapping[str, Any]) -> Content:
 
     Raises:
         FastDLLMError: for another shape, a malformed conversation, or one without an answer to learn from.
-
     """
     conversation = _conversation(row)
     if conversation is None and "text" in row:
@@ -91,7 +88,6 @@ def prompt_of(row: Mapping[str, Any], *, replace_answer: bool = False) -> list[M
 
     Raises:
         FastDLLMError: for another shape, or a conversation that does not end with the user's message.
-
     """
     is_chat = row.get("messages") is not None
     if row.get("prompt") is not None and not (is_chat and replace_answer):

@@ -29,7 +29,6 @@ class Document:
     Attributes:
         content: a conversation, or plain text to continue.
         place: where it stands, such as "chats.jsonl:12".
-
     """
 
     content: Content
@@ -45,7 +44,6 @@ class Source:
         weight: its share of what is drawn, relative to the other sources; None where shares are not asked for.
         subset: of a hub data set that has several.
         split: of a hub data set.
-
     """
 
     source: str
@@ -73,7 +71,6 @@ class BadRows:
 
     Attributes:
         skip: leave them out; otherwise the first one is an error.
-
     """
 
     def __init__(self, *, skip: bool = False) -> None:
@@ -98,7 +95,6 @@ class BadRows:
 
         Raises:
             FastDLLMError: naming the row, when none may be left out.
-
         """
         if not self.skip:
             raise FastDLLMError(f"{place}: {error}") from error
@@ -120,7 +116,6 @@ def parse_sources(data: object) -> list[Source]:
 
     Raises:
         FastDLLMError: for anything else, or no source at all.
-
     """
     if isinstance(data, (str, Path)):
         text = str(data)
@@ -147,7 +142,6 @@ def read_documents(source: Source, bad: BadRows, *, stream: bool = False) -> Ite
 
     Raises:
         FastDLLMError: for a source that cannot be read or has no usable row, or as `bad` does.
-
     """
     path, found = Path(source.source), False
     if not source.is_hub_name and path.suffix.lower() in _TEXT_SUFFIXES:
@@ -178,7 +172,6 @@ def read_rows(
 
     Raises:
         FastDLLMError: for a source that cannot be read, or as `bad` does.
-
     """
     path = Path(source.source)
     if source.is_hub_name or path.suffix.lower() == ".parquet":
@@ -201,7 +194,6 @@ def usable(rows: Iterable[tuple[str, _Raw]], use: Callable[[_Raw], _Row], bad: B
 
     Raises:
         FastDLLMError: as `bad` does.
-
     """
     for place, raw in rows:
         try:
@@ -226,7 +218,6 @@ def decode(line: bytes) -> str:
 
     Raises:
         FastDLLMError: when it is not UTF-8.
-
     """
     try:
         return line.decode("utf-8")
@@ -239,7 +230,6 @@ def open_file(path: Path) -> BinaryIO:
 
     Raises:
         FastDLLMError: when it is missing, a directory, or not readable.
-
     """
     if path.is_dir():
         raise FastDLLMError(f"{path}: is a directory; name a file in it")

@@ -16,7 +16,6 @@ class Lengths:
         median: of them.
         percentile_90: nine samples of ten are no longer.
         longest: of them.
-
     """
 
     shortest: int
@@ -38,7 +37,6 @@ class DataStatistics:
         lost_ends: assistant turns whose end-of-turn token was cut off.
         dropped: samples without a loss position.
         skipped_rows: rows that could not be used.
-
     """
 
     samples: int
@@ -60,7 +58,6 @@ class Tally:
 
     Attributes:
         sizes: tokens of each sample that is trained on.
-
     """
 
     def __init__(self) -> None:
@@ -83,7 +80,6 @@ class Tally:
 
         Args:
             skipped_rows: rows that could not be used.
-
         """
         return DataStatistics(
             samples=len(self.sizes),
@@ -105,7 +101,6 @@ def padding_share(tokens: Sequence[int], lengths: Sequence[int], order: Sequence
         lengths: of each row, padded to whole blocks.
         order: indices of the rows, in the order they are trained; each batch is padded to its longest row.
         batch_size: rows of a batch.
-
     """
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     positions = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)

@@ -22,7 +22,6 @@ class SampleStream:
 
     Attributes:
         held_out: samples that are not trained on.
-
     """
 
     def __init__(
@@ -47,7 +46,6 @@ class SampleStream:
 
         Raises:
             FastDLLMError: for bad data.
-
         """
         self._tokenizer, self._documents, self._max_length, self._bad = tokenizer, documents, max_length, bad
         self._workers = workers
@@ -67,7 +65,6 @@ class SampleStream:
 
         Raises:
             FastDLLMError: for bad data, or when there is nothing to learn from, while they are read.
-
         """
         counts, place = replace(self._of_held_out), None
         if epoch == 0:

@@ -32,7 +32,6 @@ class Item:
         question: what the user says.
         solution: the steps, then a last line `Answer: <answer>`.
         answer: the final answer alone.
-
     """
 
     task: str
@@ -57,7 +56,6 @@ class TaskSpec:
         settings: its difficulty.
         work: entry -> (question, steps, answer), or None to skip an entry that is too hard for the task.
         normalise: makes two ways of writing the same answer equal.
-
     """
 
     dataset: str
@@ -162,7 +160,6 @@ def make_items(tasks: Sequence[str], count: int, *, seed: int, exclude: Collecti
 
     Raises:
         FastDLLMError: for an unknown task, when reasoning-gym is missing, or when a task has no more questions.
-
     """
     return _items(tasks, count, first_seed=2 * seed * _SEED_STRIDE, exclude=exclude)
 
@@ -176,7 +173,6 @@ def held_out_items(tasks: Sequence[str], count: int, *, seed: int, exclude: Coll
         count: as for `make_items`.
         seed: as for `make_items`.
         exclude: as for `make_items`.
-
     """
     return _items(tasks, count, first_seed=(2 * seed + 1) * _SEED_STRIDE, exclude=exclude)
 
@@ -194,7 +190,6 @@ def train_and_test(
 
     Returns:
         (training items, test items).
-
     """
     test = held_out_items(tasks, test_count, seed=seed)
     train = make_items(tasks, train_count, seed=seed, exclude={item.question for item in test})
@@ -207,7 +202,6 @@ def is_correct(item: Item, text: str) -> bool:
     Args:
         item: the question asked.
         text: the whole reply.
-
     """
     answers = re.findall(r"answer\s*:[ \t]*([^\n]*)", text, flags=re.IGNORECASE)
     if not answers:
