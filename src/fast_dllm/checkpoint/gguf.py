@@ -108,7 +108,7 @@ def _where(path: Path) -> dict[str, str]:
 def _conversion_errors(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, IndexError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, IndexError, KeyError, TypeError, RuntimeError) as error:
         architecture = metadata["general.architecture"]
         raise FastDLLMError(
             f"{path}: transformers cannot convert this GGUF of architecture {architecture!r} ({first_line(error)}); "

@@ -30,7 +30,6 @@ _LOADING_ERRORS = (
     AttributeError,
     ImportError,
     ZeroDivisionError,
-    NotImplementedError,
     SafetensorError,
 )
 
