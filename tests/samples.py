@@ -19,6 +19,7 @@ GATED = AdaptOptions(
     context_attention="causal",
     gated_lora=True,
     mask_ratio=1.0,
+    dtype="float32",
 )
 """Teach a tiny model to draft."""
 

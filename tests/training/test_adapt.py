@@ -26,7 +26,15 @@ from samples import GATED, make_samples, stream_samples
 from tiny import save_tiny
 
 OPTIONS = AdaptOptions(
-    steps=6, batch_size=4, learning_rate=1e-2, warmup_steps=0, max_length=64, block_size=8, save_every=2, lora_rank=4
+    steps=6,
+    batch_size=4,
+    learning_rate=1e-2,
+    warmup_steps=0,
+    max_length=64,
+    block_size=8,
+    save_every=2,
+    lora_rank=4,
+    dtype="float32",
 )
 
 

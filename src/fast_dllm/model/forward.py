@@ -1,5 +1,7 @@
 """One pass through any decoder-only Hugging Face model: hidden states under our mask, logits where wanted."""
 
+from functools import cache as memoised
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,15 +36,27 @@ def hidden_states(
     if mask is not None and model.config._attn_implementation == "eager":
         # Eager attention adds the mask to the scores: a boolean one would be added as 0 and 1.
         mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    outputs = model.get_decoder()(
+    decoder = model.get_decoder()
+    if cache is not None:
+        of_attention[cache_argument(decoder.__class__)] = cache
+    outputs = decoder(
         input_ids=input_ids,
         position_ids=position_ids,
         attention_mask=mask,
-        past_key_values=cache,
         use_cache=cache is not None,
         **of_attention,
     )
     return outputs.last_hidden_state  # type: ignore[no-any-return]
+
+
+@memoised
+def cache_argument(model: type[torch.nn.Module]) -> str:
+    """What a model's forward calls its cache: transformers 5.24 renamed it, but not in code of a checkpoint's own.
+
+    Args:
+        model: class of a transformers model.
+    """
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def head_width(config: "PretrainedConfig") -> int:

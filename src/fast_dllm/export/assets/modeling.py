@@ -48,7 +48,7 @@ class BlockDiffusionForCausalLM(Architecture, GenerationMixin):  # type: ignore[
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        *,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -62,16 +62,16 @@ class BlockDiffusionForCausalLM(Architecture, GenerationMixin):  # type: ignore[
             input_ids: int64 [B, L].
             attention_mask: [B, L], 0 at padding; None for none; or 4-D, used as it is.
             position_ids: int64 [B, L]; None counts the tokens that are not padding, from 0.
-            past_key_values: a cache.
             inputs_embeds: [B, L, H] instead of `input_ids`.
             labels: int64 [B, L] for the autoregressive loss; only where the context is token-causal.
             use_cache: None is false.
-            **kwargs: of the architecture's forward.
+            **kwargs: of the architecture's forward; a cache is `cache` there, or `past_key_values` before 5.24.
 
         Raises:
             FastDLLMError: for labels that the model would see, or an attention other than SDPA.
         """
-        if past_key_values is None and (attention_mask is None or attention_mask.dim() == 2):
+        has_cache = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+        if not has_cache and (attention_mask is None or attention_mask.dim() == 2):
             given = input_ids if inputs_embeds is None else inputs_embeds
             if given is not None:
                 attention_mask, position_ids = self._own_attention(given, attention_mask, position_ids, labels)
@@ -80,7 +80,6 @@ class BlockDiffusionForCausalLM(Architecture, GenerationMixin):  # type: ignore[
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
