@@ -85,7 +85,7 @@ def measure_training(
     rounds: int,
     lora_rank: int = 0,
     answer_share: float = 1.0,
-    steps: int = 2,
+    steps: int = 5,
     threads: int | None = None,
     shape: dict[str, Any] = SMOLLM2_135M,
     on_call: Callable[[], None] | None = None,
@@ -97,7 +97,7 @@ def measure_training(
         rounds: processes of each contestant and length; they take turns.
         lora_rank: of an adapter; 0 trains all weights.
         answer_share: share of a row that is answer.
-        steps: updates of a process.
+        steps: updates of a process. Memory is slow to come by at first: they get faster up to the fourth or fifth.
         threads: of each; None takes torch's number.
         shape: fields of a transformers config.
         on_call: called after each process.

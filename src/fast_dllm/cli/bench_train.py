@@ -17,7 +17,7 @@ def bench_train(
         str, typer.Option("--lengths", metavar="NUMBERS", help="Data tokens of a row, multiples of 32.")
     ] = "256,512,1024",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Processes of each contestant and length.")] = 3,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of a process; the fastest counts.")] = 2,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of a process; the fastest counts.")] = 5,
     lora_rank: Annotated[int, typer.Option("--lora-rank", min=0, help="Of an adapter; 0 trains all weights.")] = 0,
     answer_share: Annotated[
         float, typer.Option("--answer-share", min=0.05, max=1.0, help="Share of a row that is answer.")
