@@ -17,7 +17,6 @@ from fast_dllm.errors import FastDLLMError
 from fast_dllm.export import export_checkpoint
 from fast_dllm.export.assets.modeling import BlockDiffusionForCausalLM
 from fast_dllm.export.sources import MODELING_FILE, exported_sources, modules_needed
-from fast_dllm.model.forward import cache_argument
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 PROMPTS = [[2, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [3, 4, 5, 6, 7, 8, 9, 10, 20, 21, 22]]
@@ -311,8 +310,10 @@ def test_forward_with_a_cache_or_a_whole_mask_is_the_architectures(tmp_path):
     with torch.inference_mode():
         expected = LlamaForCausalLM.forward(model, ids).logits
         torch.testing.assert_close(model(ids, attention_mask=causal).logits, expected)
-        cache = {cache_argument(LlamaForCausalLM): DynamicCache()}
-        torch.testing.assert_close(model(ids, **cache, use_cache=True).logits, expected)
+        for name in ("cache", "past_key_values"):
+            cache = DynamicCache()
+            torch.testing.assert_close(model(ids, **{name: cache}, use_cache=True).logits, expected)
+            assert cache.get_seq_length() == ids.shape[1]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

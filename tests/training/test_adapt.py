@@ -19,23 +19,11 @@ from fast_dllm.training.adapt import adapt
 from fast_dllm.training.callbacks import Watchdog
 from fast_dllm.training.evaluation import ProbeItem
 from fast_dllm.training.lora import wrap_with_lora
-from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.trainer import BlockDiffusionTrainer
 from interrupted import adapt_up_to
 from samples import GATED, make_samples, stream_samples
+from samples import SHORT as OPTIONS
 from tiny import save_tiny
-
-OPTIONS = AdaptOptions(
-    steps=6,
-    batch_size=4,
-    learning_rate=1e-2,
-    warmup_steps=0,
-    max_length=64,
-    block_size=8,
-    save_every=2,
-    lora_rank=4,
-    dtype="float32",
-)
 
 
 @pytest.fixture
@@ -290,7 +278,7 @@ def test_steps_at_which_nothing_is_hidden_are_trained_past(base, tmp_path, chang
 def test_of_several_gpus_without_a_launcher_one_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    arguments = adapt_module._training_arguments(tmp_path, replace(OPTIONS, dtype="float32"))
+    arguments = adapt_module._training_arguments(tmp_path, OPTIONS)
     assert not arguments.use_cpu
     assert arguments.n_gpu == 1
     assert arguments.train_batch_size == 4

@@ -12,9 +12,9 @@ from fast_dllm.training.adapt import adapt
 from fast_dllm.training.trainer import BlockDiffusionTrainer
 from interrupted import adapt_up_to
 from samples import GATED, make_samples
+from samples import SHORT as OPTIONS
 from tiny import save_tiny
 
-OPTIONS = replace(GATED, gated_lora=False, mask_ratio=None, context_attention="block")
 KINDS = {
     "adapter": OPTIONS,
     "gated": GATED,

@@ -17,6 +17,7 @@ from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.generation import decoding_from_call, generate_batch
 from fast_dllm.masks import NOWHERE, dense_mask, sequence_tokens
+from fast_dllm.model.forward import cache_argument
 from fast_dllm.model.hf import HFBackbone
 
 MAX_LENGTH: int | None = None
@@ -48,10 +49,11 @@ class BlockDiffusionForCausalLM(Architecture, GenerationMixin):  # type: ignore[
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        *,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Logits under the checkpoint's own attention (block-causal, say), not shifted.
@@ -62,16 +64,20 @@ class BlockDiffusionForCausalLM(Architecture, GenerationMixin):  # type: ignore[
             input_ids: int64 [B, L].
             attention_mask: [B, L], 0 at padding; None for none; or 4-D, used as it is.
             position_ids: int64 [B, L]; None counts the tokens that are not padding, from 0.
+            cache: of transformers.
             inputs_embeds: [B, L, H] instead of `input_ids`.
             labels: int64 [B, L] for the autoregressive loss; only where the context is token-causal.
             use_cache: None is false.
-            **kwargs: of the architecture's forward; a cache is `cache` there, or `past_key_values` before 5.24.
+            past_key_values: name of `cache` before transformers 5.24. Both are taken in every release.
+            **kwargs: of the architecture's forward.
 
         Raises:
             FastDLLMError: for labels that the model would see, or an attention other than SDPA.
         """
-        has_cache = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
-        if not has_cache and (attention_mask is None or attention_mask.dim() == 2):
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            kwargs[cache_argument(Architecture)] = cache
+        elif attention_mask is None or attention_mask.dim() == 2:
             given = input_ids if inputs_embeds is None else inputs_embeds
             if given is not None:
                 attention_mask, position_ids = self._own_attention(given, attention_mask, position_ids, labels)
