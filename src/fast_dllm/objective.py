@@ -4,11 +4,11 @@ Shape legend: B rows, L tokens a row, V noisy views, T tokens of the laid-out ro
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fast_dllm.config import BlockDiffusionConfig
@@ -158,7 +158,7 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tenso
     Args:
         hidden: [N, H], hidden states that predict the targets.
         targets: int64 [N].
-        head: hidden [n, H] -> logits [n, vocabulary].
+        head: hidden [n, H] -> logits [n, vocabulary], a tensor of their own, since they are overwritten.
         chunk: n, targets scored at a time.
 
     Returns:
@@ -166,8 +166,29 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tenso
     """
 
     def score(h: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(head(h).float(), t, reduction="none")
+        return cast(Tensor, _CrossEntropy.apply(head(h).float(), t))  # type: ignore[no-untyped-call]
 
     *parts, last = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     losses = [checkpoint(score, h, t, use_reentrant=False) if h.requires_grad else score(h, t) for h, t in parts]
     return torch.cat([*losses, score(*last)])
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy [n] of logits [n, V], which it overwrites: torch's own makes three more tensors of their size.
+
+    They must be nobody else's: autograd refuses the backward where an operation before has kept them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        torch.log_softmax(logits, dim=-1, out=logits)
+        ctx.save_for_backward(logits, targets)
+        return -logits.gather(1, targets[:, None]).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        d_logits = logits.exp_()
+        d_logits.scatter_add_(1, targets[:, None], -torch.ones_like(d_logits[:, :1]))
+        return d_logits.mul_(gradient[:, None]), None

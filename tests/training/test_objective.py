@@ -226,6 +226,32 @@ def test_chunks_do_not_change_losses_or_gradients():
         torch.testing.assert_close(small, large)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_and_its_gradients_are_those_of_cross_entropy(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((37, 16), (50, 16)))
+    targets, weights = torch.randint(0, 50, (37,), generator=generator), torch.rand(37, generator=generator)
+    weights[3] = 0
+    found = []
+    for chunk in (None, 64, *([15] if dtype == torch.float32 else [])):  # bfloat16 rounds the sum of chunks
+        h, w = (x.clone().requires_grad_() for x in (hidden, weight))
+        if chunk is None:
+            losses = torch.nn.functional.cross_entropy((h @ w.T).float(), targets, reduction="none")
+        else:
+            losses = token_losses(h, targets, lambda x, w=w: x @ w.T, chunk=chunk)
+        found.append((losses, *torch.autograd.grad((losses * weights).sum(), (h, w))))
+    for ours in found[1:]:
+        for one, other in zip(ours, found[0], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_logits_that_an_operation_has_kept_are_not_lost_unseen():
+    weight = torch.randn(16, 50, requires_grad=True)
+    losses = token_losses(torch.randn(5, 16), torch.zeros(5, dtype=torch.long), lambda h: (h @ weight).exp())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()
+
+
 def test_logits_of_the_last_chunk_are_computed_once():
     linear, rows = torch.nn.Linear(16, 50), []
 
