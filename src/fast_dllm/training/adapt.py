@@ -30,6 +30,7 @@ from fast_dllm.errors import FastDLLMError
 from fast_dllm.training.callbacks import ProgressBar, ProgressLines, RunClock, Watchdog
 from fast_dllm.training.evaluation import Evaluation, ProbeItem, probe_from
 from fast_dllm.training.lora import open_adapter, wrap_with_lora
+from fast_dllm.training.memory import keep_freed_memory
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.quantised import quantise_linears
 from fast_dllm.training.recompute import recompute_cheap_operations, recompute_layers
@@ -104,6 +105,8 @@ def adapt(
     arguments = _training_arguments(run.path, options)
     check_target(out)
     data, samples = digest_of(samples)
+    if arguments.use_cpu:
+        keep_freed_memory()
     model, checkpoint = _prepare(source, options, generated)
     samples = no_longer_than(samples, checkpoint.max_length, options)
     settings = {"source": str(source), "data": data, "processes": arguments.world_size, **options.to_dict()}
