@@ -37,7 +37,8 @@ def test_they_compile_for_every_instruction_set(cpu):
 @pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="this CPU has no AVX-512 to leave out")
 @pytest.mark.parametrize("flag", ["-mno-avx512f", "-mno-avx512vnni"])
 def test_with_fewer_instructions_they_compute_the_same(flag):
-    tests = [str(Path(__file__).with_name(name)) for name in ("test_kernels.py", "test_likeliest.py")]
+    names = ("test_kernels.py", "test_likeliest.py", "../training/test_attention_kernel.py")
+    tests = [str(Path(__file__).parent / name) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     run = subprocess.run(
         command,

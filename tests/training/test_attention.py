@@ -13,8 +13,9 @@ from transformers import AutoConfig
 from fast_dllm.checkpoint import load_checkpoint
 from fast_dllm.config import BlockDiffusionConfig
 from fast_dllm.masks import dense_mask, sequence_tokens
+from fast_dllm.model.kernels import why_no_kernels
 from fast_dllm.objective import lay_out
-from fast_dllm.training import attention, pieces
+from fast_dllm.training import attention, attention_kernel, pieces
 from fast_dllm.training.adapt import adapt
 from fast_dllm.training.lora import wrap_with_lora
 from fast_dllm.training.options import AdaptOptions
@@ -62,8 +63,11 @@ def dense(query, key, value, mask, scale):
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
 
 
+WAYS = ("ours", "kernel", "torch", "torch, heads repeated", "narrow values", "strided queries")
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 0.1)])
-@pytest.mark.parametrize("way", ["kernel", "torch", "torch, heads repeated", "narrow values", "strided queries"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_attention_in_pieces_is_attention(monkeypatch, dtype, tolerance, way, scale):
     generator = torch.Generator().manual_seed(0)
@@ -71,6 +75,8 @@ def test_attention_in_pieces_is_attention(monkeypatch, dtype, tolerance, way, sc
     inputs = [torch.randn(2, *shape, generator=generator).to(dtype) for shape in shapes]
     if way == "strided queries":
         inputs[0] = inputs[0].transpose(2, 3).contiguous().transpose(2, 3)
+    if way != "ours":
+        monkeypatch.setattr(pieces, "_is_ours", lambda *inputs: False)
     if way.startswith("torch"):
         monkeypatch.setattr(pieces, "_has_kernel", lambda query, value: False)
     if way == "torch, heads repeated":
@@ -187,10 +193,23 @@ def test_flex_attention_is_for_devices_and_heads_that_have_it(monkeypatch):
     assert isinstance(attention.training_mask(tokens, "block", narrow), list)
 
 
-def test_recomputing_runs_attention_once(monkeypatch):
+def test_our_kernel_is_for_float32_on_a_cpu():
+    of = {name: torch.zeros(1, 2, 8, 8, dtype=getattr(torch, name)) for name in ("float32", "bfloat16", "float64")}
+    ours = {name for name, x in of.items() if pieces._is_ours(x, x, x)}
+    assert ours == ({"float32"} if why_no_kernels() is None else set())
+    assert not pieces._is_ours(of["float32"].transpose(2, 3), of["float32"], of["float32"])
+    assert not pieces._is_ours(*[of["float32"].to("meta")] * 3)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(attention_kernel, "attend"), (pieces, "_fused")])
+def test_recomputing_runs_attention_once(monkeypatch, owner, name):
     calls = []
-    fused = pieces._fused
-    monkeypatch.setattr(pieces, "_fused", lambda *inputs: calls.append(1) or fused(*inputs))
+    own = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *inputs: calls.append(1) or own(*inputs))
+    if owner is pieces:
+        monkeypatch.setattr(pieces, "_is_ours", lambda *inputs: False)
+    elif why_no_kernels() is not None:
+        pytest.skip(str(why_no_kernels()))
     model = with_training_forward(tiny_model("llama"), "block").train()
     recompute_cheap_operations(model)
     loss = loss_of(model, streams_of(32, CONFIG))

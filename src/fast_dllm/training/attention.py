@@ -1,7 +1,7 @@
 """Training attention: of the [T, T] scores of [view 1 | view 2 | clean] the mask shows about a sixth.
 
 Dense attention computes them all. `flex_attention` skips them tile by tile, and is what a GPU gets. Its CPU kernel has
-no backward, so elsewhere it is torch's fused attention in pieces.
+no backward, so elsewhere it is attention in pieces: by our own kernel on a CPU in float32, else by torch's.
 """
 
 from collections.abc import Sequence

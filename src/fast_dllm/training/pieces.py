@@ -1,4 +1,6 @@
-"""Attention that skips what the mask hides, by torch's fused kernels: a few queries at a time, over the keys they see.
+"""Attention that skips what the mask hides: a few queries at a time, over the keys they see.
+
+It is our own CPU kernel's in float32, and torch's fused ones elsewhere.
 
 Shape legend: B rows, T queries, K keys, Q queries of a piece, C keys that one of them sees, d and e widths of a head.
 """
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from fast_dllm.config import ContextAttention
 from fast_dllm.masks import Tokens, dense_mask
+from fast_dllm.model.kernels import why_no_kernels
+from fast_dllm.training import attention_kernel
 
 PIECE = 96
 """Queries of a piece: longer ones compute more scores that are hidden, shorter ones make more calls."""
@@ -90,6 +94,8 @@ def attend_in_pieces(
         [B, T, heads, e], which models reshape next without a copy; and for the backward [B, T, heads], the logsumexp of
         each query's scores, or zeros where `F.scaled_dot_product_attention` has it to itself.
     """
+    if _is_ours(query, key, value):
+        return attention_kernel.attend(query, key, value, columns, masks, scale)
     parts = [
         _fused(queries, key.index_select(2, seen), value.index_select(2, seen), mask, scale)
         for queries, seen, mask in zip(_in_pieces(query, masks), columns, masks, strict=True)
@@ -109,12 +115,18 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, ctx.columns, ctx.masks, ctx.scale = inputs
+    ctx.is_ours = _is_ours(query, key, value)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, value, *output)
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     query, key, value, out, logsumexp = ctx.saved_tensors
+    no_list = [None] * len(ctx.masks)
+    if ctx.is_ours:
+        of_pieces = ctx.columns, ctx.masks, ctx.scale
+        found = attention_kernel.attend_backward(gradient, query, key, value, out, logsumexp, *of_pieces)
+        return *found, no_list, no_list, None
     d_query = torch.empty_like(query)
     # Many pieces see a key, and bfloat16 would round the sum of its gradients once for each.
     d_key = torch.zeros_like(key, dtype=torch.promote_types(key.dtype, torch.float32))
@@ -127,13 +139,17 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | list[None
         d_queries.copy_(found[0])
         d_key.index_add_(2, seen, found[1].to(d_key.dtype))
         d_value.index_add_(2, seen, found[2].to(d_value.dtype))
-    no_list = [None] * len(ctx.masks)
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), no_list, no_list, None
 
 
 attend_in_pieces.register_autograd(_backward, setup_context=_keep)
 OPERATOR = torch.ops.fast_dllm.attend_in_pieces.default
 """As a dispatch mode sees it."""
+
+
+def _is_ours(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether our kernel takes it. Not in bfloat16, for which torch's may have matrix units (AMX)."""
+    return attention_kernel.takes(query, key, value) and why_no_kernels() is None
 
 
 def _in_pieces(x: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, ...]:

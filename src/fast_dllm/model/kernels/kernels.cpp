@@ -1,7 +1,8 @@
-// Decoding kernels for x86 CPUs with AVX-512 or AVX2. Plain C interface: Python calls it with pointers.
+// Kernels for x86 CPUs with AVX-512 or AVX2. Plain C interface: Python calls it with pointers.
 //
-// Activations are float32. Weights are int8 (a scale per output) or bfloat16; so are keys and values (cached.h).
-// Every result for a position depends on that position's inputs alone, in an order that the number of positions and
+// What training needs is in training.h; all else is for decoding. There activations are float32. Weights are int8 (a
+// scale per output) or bfloat16; so are keys and values (cached.h).
+// There every result for a position depends on that position's inputs alone, in an order that the number of positions and
 // threads does not change: a row of a batch gives bitwise what it gives alone. Where a gated adapter does not act, it
 // gives bitwise what it gives without the adapter.
 //
@@ -19,6 +20,7 @@
 #include "items.h"
 #include "likeliest.h"
 #include "linear.h"
+#include "training.h"
 
 namespace kernels {
 
@@ -312,4 +314,10 @@ void fast_dllm_likeliest(const float* logits, int count, int vocabulary, int ban
                          float* probabilities, int threads) {
   find_likeliest(logits, count, vocabulary, banned, tokens, probabilities, threads);
 }
+
+// Attention of a training sequence: `out` and `sums`.
+void fast_dllm_attend(const Attention* task, int threads) { attend_training(*task, threads); }
+
+// Of `d_out`: `d_query`, `d_key` and `d_value`.
+void fast_dllm_attend_backward(const Attention* task, int threads) { attend_training_backward(*task, threads); }
 }
