@@ -153,8 +153,8 @@ class _Shape:
             linear=linear // count,
             inputs=sum(inputs for inputs, _ in products) // count,
             outputs=sum(outputs for _, outputs in products) // count,
-            kept=sum(outputs for inputs, outputs in products if inputs < outputs) // count,
-            recomputed=sum(inputs * outputs for inputs, outputs in products if outputs <= inputs < mlp) // count,
+            kept=sum(outputs for inputs, outputs in products if inputs <= outputs) // count,
+            recomputed=sum(inputs * outputs for inputs, outputs in products if outputs < inputs < mlp) // count,
             all=sum(parameter.numel() for parameter in model.parameters()),
             in_pieces=supports_pieces(model),
             scores=heads if attention == "eager" else 0,
@@ -290,14 +290,14 @@ def _activations(shape: _Shape, options: AdaptOptions) -> int:
     scores = shape.scores * per_row
     layer = 2 * norm + attention + shape.mlp_kept * width + scores * 2 * wide + 7 * options.lora_rank * wide
     stream = shape.hidden * (width if lora else wide)
-    # Without an adapter only results of attention and wide products are kept (training/recompute.py).
+    # Without an adapter only results of attention and products that are not narrow are kept (training/recompute.py).
     products = (shape.kept + shape.query + scores) * width
     if options.gradient_checkpointing:
         kept = shape.layers * stream + layer
     else:
         kept = shape.layers * layer if lora else shape.layers * (stream + products) + layer
     seen = per_row * (per_row // 4)  # booleans of the pieces of a mask
-    logits = 3 * wide * min(CHUNK, rows * options.max_length) * shape.vocabulary
+    logits = 3 * wide * min(CHUNK, rows * options.max_length) * shape.vocabulary  # as of heads that cap them
     return rows * (per_row * (kept + last) + seen + scored * stream) + logits
 
 

@@ -30,11 +30,12 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
 
 def recompute_cheap_operations(model: PreTrainedModel) -> None:
-    """Keep what attention comes to, and products that are wider than their input; all else is done again.
+    """Keep what attention comes to, and products that are as wide as their input, or wider; all else is done again.
 
-    In most families those are an MLP's, and it is less than half of what autograd would keep, for four to nine percent
-    of the layers' products. Compiled flex_attention shows nothing of itself: it is done again. Not for adapters: each
-    of their layers has two products more, whose results autograd itself does not need.
+    In most families that leaves out keys and values, which fewer heads share, and an MLP's last product: it is about
+    half of what autograd would keep, for a few percent of a step's products. Compiled flex_attention shows nothing of
+    itself: it is done again. Not for adapters: each of their layers has two products more, whose results autograd
+    itself does not need.
     """
     if model.supports_gradient_checkpointing:
         contexts = partial(create_selective_checkpoint_contexts, _policy)
@@ -51,10 +52,10 @@ def recomputes(model: PreTrainedModel) -> bool:
 def is_kept(operation: Any, arguments: Sequence[Any]) -> bool:
     """Whether `recompute_cheap_operations` keeps what an operation comes to.
 
-    Of products only those that are wider than their input, as an MLP's first ones, which are most of a layer's
-    arithmetic. Most of those before and after attention are computed again. An MLP's last one is not: what it is added
-    to is the next layer's input, which is kept, and torch stops computing again once all is there that the backward
-    reads. (Where a norm follows, as in Gemma 2, it is computed again.)
+    Of products those that are not narrower than their input. Narrower ones are keys and values of few heads (and where
+    heads are wide, what attention comes to in the stream), which are computed again, and an MLP's last one, which is
+    not: what it is added to is the next layer's input, which is kept, and torch stops computing again once all is there
+    that the backward reads. (Where a norm follows, as in Gemma 2, it is computed again.)
 
     Args:
         operation: of ATen.
@@ -65,7 +66,7 @@ def is_kept(operation: Any, arguments: Sequence[Any]) -> bool:
     if operation not in _PRODUCTS:
         return True
     inputs, outputs = arguments[-1].shape
-    return bool(inputs < outputs)
+    return bool(inputs <= outputs)
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
