@@ -2,8 +2,9 @@
 
 The plain step is the straightforward one: two views, each as [noisy | clean], one dense mask, logits of every position.
 The published code takes the noisy half of the hidden states before the LM head, and uses compiled flex_attention, which
-has no backward on a CPU. Both steps train the same random model of a given shape on the same rows with AdamW. Each
-measurement has a process of its own, since the peak of a process cannot be taken back; the contestants take turns.
+has no backward on a CPU. Both steps train the same random model of a given shape on the same rows with Trainer's AdamW,
+and both keep the memory that a step frees. Each measurement has a process of its own, since the peak of a process
+cannot be taken back; the contestants take turns.
 """
 
 import json
@@ -26,7 +27,9 @@ from fast_dllm.data.chat import Sample
 from fast_dllm.data.packing import Packed, pack
 from fast_dllm.errors import FastDLLMError
 from fast_dllm.masks import CLEAN, Tokens, dense_mask
+from fast_dllm.model.kernels import why_no_kernels
 from fast_dllm.training.lora import wrap_with_lora
+from fast_dllm.training.memory import keep_freed_memory
 from fast_dllm.training.options import AdaptOptions
 from fast_dllm.training.pieces import PIECE
 from fast_dllm.training.recompute import recompute_cheap_operations
@@ -47,12 +50,6 @@ SMOLLM2_135M: dict[str, Any] = {
 }
 OURS, PLAIN = "ours", "plain"
 _MASK, _BLOCK = 4, 32
-ATTENTION = (
-    f"ours in pieces of {PIECE} queries over the keys that one of them sees, by torch's fused kernel: the mask shows "
-    "about a sixth of all scores, which the plain step computes, and flex_attention has no backward on a CPU"
-)
-"""Which attention each has, and why."""
-
 _CONFIG = BlockDiffusionConfig(mask_token_id=_MASK, block_size=_BLOCK)
 
 
@@ -130,6 +127,16 @@ def measure_training(
     return findings
 
 
+def attention_of_ours() -> str:
+    """Which attention our step has on this machine, and why."""
+    reason = why_no_kernels()
+    which = "our own kernel" if reason is None else f"torch's fused kernel, {PIECE} queries at a time ({reason})"
+    return (
+        f"ours is {which}, over the keys that a few neighbouring queries see: the mask shows about a sixth of all "
+        "scores, which the plain step computes, and flex_attention has no backward on a CPU"
+    )
+
+
 def _in_process(step: Step) -> dict[str, Any]:
     command = [sys.executable, "-m", __name__, json.dumps(asdict(step))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -149,6 +156,7 @@ def run_step(step: Step) -> dict[str, Any]:
     """
     torch.set_num_threads(step.threads)
     torch.manual_seed(0)
+    keep_freed_memory()
     shape = AutoConfig.for_model(**step.shape)
     model: Any = AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa").train()
     if step.contestant == OURS:
@@ -157,7 +165,8 @@ def run_step(step: Step) -> dict[str, Any]:
             recompute_cheap_operations(model)
     if step.lora_rank:
         model = wrap_with_lora(model, _MASK, AdaptOptions(lora_rank=step.lora_rank, dtype="float32"), None)
-    optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
     row, losses, seconds = _row(step), [], []
     loss_of = _our_loss if step.contestant == OURS else _plain_loss
     for _ in range(step.steps):

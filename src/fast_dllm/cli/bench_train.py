@@ -33,7 +33,7 @@ def bench_train(
     sizes = listed("lengths", lengths, int)
     if not sizes or any(size < 32 or size % 32 for size in sizes):
         raise FastDLLMError(f"--lengths {lengths}: must be multiples of 32 with commas between them")
-    from fast_dllm.bench.training import ATTENTION, measure_training
+    from fast_dllm.bench.training import attention_of_ours, measure_training
     from fast_dllm.machine import provenance
 
     findings = measure_training(
@@ -48,7 +48,7 @@ def bench_train(
             shown = f"{paired['value']:.2f} ({low:.2f} to {high:.2f})"
             name = "tokens/s" if scale == 1.0 else "peak GB"
             typer.echo(f"{length:>6}  {name:<14} {ours:>10.2f} {plain:>10.2f} {shown:>32}")
-    typer.echo(f"attention: {ATTENTION}")
+    typer.echo(f"attention: {attention_of_ours()}")
     about = provenance()
     about["machine"]["threads"] = about["machine"]["threads"] if threads is None else threads  # of each process
     report = json.dumps({**about, **findings.records})
