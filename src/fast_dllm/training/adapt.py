@@ -105,8 +105,6 @@ def adapt(
     arguments = _training_arguments(run.path, options)
     check_target(out)
     data, samples = digest_of(samples)
-    if arguments.use_cpu:
-        keep_freed_memory()
     model, checkpoint = _prepare(source, options, generated)
     samples = no_longer_than(samples, checkpoint.max_length, options)
     settings = {"source": str(source), "data": data, "processes": arguments.world_size, **options.to_dict()}
@@ -214,6 +212,8 @@ def _make_trainer(
 def _prepare(source: str | Path, options: AdaptOptions, generated: TaskItems | None) -> tuple[Any, Checkpoint]:
     """The model to train, with its training forward, and the checkpoint it stems from."""
     torch.manual_seed(options.seed)
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
     checkpoint, adapter = open_adapter(source, options)
     if generated is not None and generated not in checkpoint.trained_on:
         checkpoint.trained_on += (generated,)
