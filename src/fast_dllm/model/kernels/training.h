@@ -17,8 +17,8 @@
 
 namespace kernels {
 
-constexpr int kTile = 32;        // queries
-constexpr int kTileKeys = 64;    // keys whose scores are in memory together
+constexpr int kTile = 32;          // queries
+constexpr int kTileKeys = 64;      // keys whose scores are in memory together
 constexpr float kLowest = -1e30f;  // a score that is less than all others, but from which can be subtracted
 
 // Of [B, heads, places, width]; a head's numbers lie side by side.
@@ -41,7 +41,7 @@ struct Attention {  // mirrors the ctypes structure in attention_kernel.py
   float scale;
   const Piece* pieces;  // [count]
   Strided query, key, value;
-  Strided out, sums;                      // sums: of the exponentials of a query's scores, their logarithm
+  Strided out, sums;                       // sums: of the exponentials of a query's scores, their logarithm
   Strided d_out, d_query, d_key, d_value;  // of the backward
 
   int share() const { return heads / kv_heads; }
@@ -270,8 +270,7 @@ struct Stint {
 };
 
 // Stints of like cost, in the order of (row, K/V head, tile); none goes on into another head.
-inline std::vector<std::vector<Stint>> stints_of(const Attention& task, const std::vector<Tile>& tiles,
-                                                      int threads) {
+inline std::vector<std::vector<Stint>> stints_of(const Attention& task, const std::vector<Tile>& tiles, int threads) {
   const int per_row = tiles.size() / task.rows;
   int64_t all = 0, before = 0;
   for (const Tile& tile : tiles) all += int64_t(tile.queries) * tile.keys.size() * task.kv_heads;
